@@ -1,0 +1,32 @@
+"""The commands of the command line, one module each."""
+
+from __future__ import annotations
+
+from helpsteer2.config.command import ConfigCommand
+
+CONFIG_COMMANDS = {
+    command.name: command
+    for command in (
+        ConfigCommand(
+            "train",
+            "train a reward model (one Trainer.fit) and export it",
+            "helpsteer2.commands.train.train",
+            "train",
+        ),
+        ConfigCommand(
+            "evaluate",
+            "score a reward model on evaluators",
+            "helpsteer2.commands.evaluate.evaluate",
+            "evaluate",
+        ),
+    )
+}
+"""Commands that take a configuration, by name."""
+
+OTHER_COMMANDS = {
+    "check": "compose and validate a configuration, run nothing",
+    "score": "rows of prompt and response on standard input, scores on standard output",
+    "data": "describe or validate data files",
+    "quickstart": "train and evaluate a tiny model on made-up data",
+}
+"""Commands with arguments of their own: name to summary."""

@@ -1,0 +1,1 @@
+"""Composing a configuration and checking it against the signatures it names."""

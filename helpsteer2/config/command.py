@@ -1,0 +1,22 @@
+"""What a command that takes a configuration is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConfigCommand:
+    """A command that is a function whose parameters are the keys of its configuration.
+
+    Attributes:
+        name: As typed.
+        summary: One line for the help.
+        target: Dotted path of the function.
+        config_name: Name of its root file in ``conf``.
+    """
+
+    name: str
+    summary: str
+    target: str
+    config_name: str

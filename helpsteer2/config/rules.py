@@ -1,0 +1,252 @@
+"""Combinations of good values that cannot work together, one small function a rule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Finding = tuple[str, str]
+"""Dotted path of a value, and what is wrong with it."""
+
+
+class Settings:
+    """A checked configuration with its defaults filled in.
+
+    Args:
+        filled: Plain containers; None stands for null, for unknown, and for a value already found
+            to be wrong.
+        given: The same without defaults.
+    """
+
+    def __init__(self, filled: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        self._filled = filled
+        self._given = given
+
+    def __getitem__(self, path: str) -> Any:
+        """The value at a dotted path, None if there is none."""
+        return _select(self._filled, path)
+
+    def given(self, path: str) -> Any:
+        """The value that a file or an override holds at a dotted path, None if there is none."""
+        return _select(self._given, path)
+
+    def number(self, path: str) -> float | None:
+        """The number at a dotted path, None if there is none."""
+        value = self[path]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number else None
+
+
+def _select(node: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node
+
+
+Rule = Callable[[Settings], Iterator[Finding]]
+
+
+def precision_keeps_master_weights(settings: Settings) -> Iterator[Finding]:
+    """Pure half precision absorbs a small update whole: the weights never move."""
+    precision = settings["trainer.precision"]
+    if precision not in {None, 32, "32", "32-true", "bf16-mixed"}:
+        yield (
+            "trainer.precision",
+            f"{precision} keeps no fp32 master weights or needs loss scaling: use 32-true or "
+            "bf16-mixed",
+        )
+    dtype = settings["backbone.dtype"]
+    if dtype in {"bfloat16", "float16"}:
+        yield (
+            "backbone.dtype",
+            f"{dtype} weights have no fp32 master copy, so small updates are rounded away: keep "
+            "float32 and set trainer.precision=bf16-mixed",
+        )
+
+
+def backbone_has_a_source(settings: Settings) -> Iterator[Finding]:
+    """Weights come from a folder or the Hub; random ones need a shape."""
+    path, config, init = (settings[f"backbone.{key}"] for key in ("path", "config", "init"))
+    if init == "pretrained":
+        if path is None:
+            yield (
+                "backbone.path",
+                "init=pretrained needs a folder or Hub id: give backbone.path=…, or choose "
+                "backbone.init=random with backbone.config",
+            )
+        if str(settings["backbone.tokenizer._target_"]).endswith(".TrainedTokenizer"):
+            yield (
+                "backbone.tokenizer",
+                "init=pretrained needs the tokenizer that the weights were trained with: use "
+                "PretrainedTokenizer",
+            )
+    if init == "random" and path is None and not (config and config.get("model_type")):
+        yield (
+            "backbone.config",
+            "init=random needs a shape: give backbone.config with model_type, or backbone.path to "
+            "take it from",
+        )
+
+
+def attention_runs_on_the_device(settings: Settings) -> Iterator[Finding]:
+    """The flex and flash kernels exist for GPUs alone."""
+    for path in ("backbone.attention", "attention"):
+        on_cpu = "cpu" in (settings["trainer.accelerator"], settings["device"])
+        if settings[path] in {"flash", "flex"} and on_cpu:
+            yield path, f"{settings[path]} needs a GPU; use auto or sdpa on the CPU"
+
+
+def every_device_gets_a_group(settings: Settings) -> Iterator[Finding]:
+    """A step of fewer groups than ranks would leave ranks without work."""
+    global_batch = settings.number("batching.global_batch")
+    ranks = _ranks(settings)
+    if global_batch is not None and ranks is not None and global_batch < ranks:
+        yield (
+            "batching.global_batch",
+            f"{global_batch} groups a step cannot be shared by {ranks} devices",
+        )
+
+
+def _ranks(settings: Settings) -> int | None:
+    devices, nodes = settings["trainer.devices"], settings["trainer.num_nodes"]
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    if isinstance(devices, list):
+        devices = len(devices)
+    if not isinstance(devices, int) or not isinstance(nodes, int) or devices < 1:
+        return None
+    return devices * nodes
+
+
+def training_ends(settings: Settings) -> Iterator[Finding]:
+    """One of the two lengths has to be given."""
+    if settings["batching"] is None:
+        return
+    if settings["batching.epochs"] is None and settings["batching.max_steps"] is None:
+        yield "batching.epochs", "is null like batching.max_steps: give one of them"
+
+
+_AT_LEAST_ONE = (
+    "batching.global_batch", "batching.tokens_per_microbatch", "batching.max_steps",
+    "schedule.validate_every", "schedule.checkpoint_every", "tokens_per_microbatch",
+    "lengths.max_prompt_tokens", "lengths.max_response_tokens",
+)  # fmt: skip
+_ABOVE_ZERO = (
+    "batching.epochs", "module.optimizer.lr", "module.gradient_clip",
+)  # fmt: skip
+_NOT_BELOW_ZERO = ("seed", "module.warmup_steps", "module.optimizer.weight_decay")
+
+
+def numbers_are_in_range(settings: Settings) -> Iterator[Finding]:
+    """Counts, rates and cadences for which no small value makes sense."""
+    for path in _AT_LEAST_ONE:
+        value = settings.number(path)
+        if value is not None and value < 1:
+            yield path, f"has to be 1 or more, got {value}"
+    for path in _ABOVE_ZERO:
+        value = settings.number(path)
+        if value is not None and value <= 0:
+            yield path, f"has to be above 0, got {value}"
+    for path in _NOT_BELOW_ZERO:
+        value = settings.number(path)
+        if value is not None and value < 0:
+            yield path, f"has to be 0 or more, got {value}"
+
+
+def weightings_name_trained_attributes(settings: Settings) -> Iterator[Finding]:
+    """A weighting of an attribute that the model does not score can never be applied."""
+    attributes = settings["attributes"]
+    if not isinstance(attributes, list):
+        return
+    for path in ("weights.values", "module.loss.attribute_loss_weights"):
+        weights = settings[path]
+        if not isinstance(weights, Mapping):
+            continue
+        unknown = [name for name, weight in weights.items() if weight and name not in attributes]
+        if unknown:
+            yield (
+                path,
+                f"names {', '.join(map(str, unknown))}, but attributes are "
+                f"{', '.join(map(str, attributes))}",
+            )
+        elif not any(weights.values()):
+            yield path, "gives every attribute a weight of 0"
+
+
+def attributes_are_named_once(settings: Settings) -> Iterator[Finding]:
+    """Each attribute is one output of the model."""
+    attributes = settings["attributes"]
+    if not isinstance(attributes, list):
+        return
+    if not attributes:
+        yield "attributes", "is empty: name at least one"
+    repeated = sorted({str(name) for name in attributes if attributes.count(name) > 1})
+    if repeated:
+        yield "attributes", f"names {', '.join(repeated)} more than once"
+
+
+_SET_BY_RUN = {
+    "max_epochs": "batching.epochs",
+    "max_steps": "batching.max_steps",
+    "limit_train_batches": "batching.max_steps",
+    "fast_dev_run": "batching.max_steps=1",
+    "accumulate_grad_batches": "batching.tokens_per_microbatch",
+    "gradient_clip_val": "module.gradient_clip",
+    "val_check_interval": "schedule.validate_every",
+    "check_val_every_n_epoch": "schedule.validate_every",
+    "limit_val_batches": "schedule.validate_every",
+    "default_root_dir": "run_dir",
+    "logger": "logger",
+    "enable_checkpointing": "schedule.checkpoint_every",
+}
+
+
+def trainer_leaves_steps_to_the_run(settings: Settings) -> Iterator[Finding]:
+    """Steps, clipping, cadence and folders have one key each, which is not the Trainer's."""
+    for name, instead in _SET_BY_RUN.items():
+        if settings.given(f"trainer.{name}") not in (None, False):
+            yield f"trainer.{name}", f"is set by the run itself: use {instead}"
+
+
+def strategy_copies_the_model(settings: Settings) -> Iterator[Finding]:
+    """The step gathers gradients itself, which sharded weights do not allow."""
+    strategy = settings["trainer.strategy"]
+    if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp")):
+        yield "trainer.strategy", f"{strategy} is not supported: use auto or ddp"
+
+
+def run_folder_can_be_made(settings: Settings) -> Iterator[Finding]:
+    """The nearest folder that exists has to let us write."""
+    run_dir = settings["run_dir"]
+    if not isinstance(run_dir, str):
+        return
+    if run_dir.startswith("~"):
+        yield "run_dir", "the shell does not expand ~ after =: write $HOME"
+        return
+    folder = Path(run_dir).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        yield "run_dir", f"{folder} is a file, not a folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield "run_dir", f"no permission to write in {folder}"
+
+
+RULES: tuple[Rule, ...] = (
+    precision_keeps_master_weights,
+    backbone_has_a_source,
+    attention_runs_on_the_device,
+    every_device_gets_a_group,
+    training_ends,
+    numbers_are_in_range,
+    weightings_name_trained_attributes,
+    attributes_are_named_once,
+    trainer_leaves_steps_to_the_run,
+    strategy_copies_the_model,
+    run_folder_can_be_made,
+)
+"""Every rule, in the order in which findings are shown."""

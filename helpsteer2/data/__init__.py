@@ -1,0 +1,1 @@
+"""Groups of scored responses: reading, checking, tokenising, planning and packing them."""

@@ -1,0 +1,375 @@
+"""Chat templates: the one place where text becomes token ids.
+
+The definition that training, scoring and sampling share:
+
+* the prompt's text is ``render(messages, add_generation_prompt=True)``;
+* a response's text is ``render(messages + [answer])`` without the prompt's text in front;
+* the two are tokenised apart, and the prompt starts with exactly one BOS if the model has one.
+
+Where a template ends the prompt with a special token this gives the ids of the whole conversation;
+elsewhere a token may span the boundary, and ``boundary_difference`` says how often it does.
+
+Control tokens inside messages (a user who types ``<|eot_id|>``) are encoded as ordinary text: only
+the template writes control tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from helpsteer2.data.groups import Group, Message
+from helpsteer2.data.templates import SHIPPED, find_template, freeze_date
+from helpsteer2.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = re.compile("\ud800(\\d+)\ud801")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PROBE = "a7f3c1e9"
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Which chat template writes prompts and responses.
+
+    Args:
+        template: ``auto`` (the tokenizer's own template, else ``plain``), ``backbone`` (the
+            tokenizer's own), ``plain`` (role names on lines of their own, EOS after each answer),
+            ``extra_id`` (NeMo-Aligner's reward-model text; the reward is read at ``<extra_id_2>``),
+            or the path of a ``.jinja`` file.
+        system_prompt: System message of every conversation that has none of its own. NeMo-Aligner
+            gives all reward-model data the same one; nothing is added unless it is set here.
+
+    Raises:
+        UserError: If the template is neither a known name nor a ``.jinja`` path.
+
+    Source: NVIDIA/NeMo-Aligner examples/nlp/data/steerlm/common.py (``extra_id``).
+    """
+
+    template: str = "auto"
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        known = ("auto", "backbone", *SHIPPED)
+        if self.template not in known and not self.template.endswith(".jinja"):
+            raise UserError(
+                f"unknown chat template {self.template!r}: choose {', '.join(known)} "
+                "or a .jinja file"
+            )
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundChat:
+        """Join the format with a tokenizer.
+
+        Args:
+            tokenizer: A fast tokenizer.
+
+        Returns:
+            What renders and encodes conversations.
+
+        Raises:
+            UserError: If the template cannot be found, rendered or split into prompt and response,
+                or if the tokenizer pads with one of the response's closing tokens.
+        """
+        name = self.template
+        if name == "auto":
+            name = "backbone" if tokenizer.chat_template else "plain"
+        text = find_template(name, tokenizer)
+        return BoundChat(tokenizer, Path(name).stem, text, self.system_prompt)
+
+
+class BoundChat:
+    """A chat template joined with a tokenizer.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        template_name: What the template is called in reports.
+        template_text: Jinja source.
+        system_prompt: System message of conversations that have none.
+
+    Attributes:
+        template_text: Jinja source as rendered, with the date frozen if it asks for one.
+        template_hash: SHA-256 of ``template_text``.
+        closing_text: What the template writes after an answer.
+        closing_ids: Its ids, as they stand at the end of a response.
+
+    Raises:
+        UserError: As ``ChatFormat.bind``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template_name: str,
+        template_text: str,
+        system_prompt: str | None = None,
+    ) -> None:
+        template_text = freeze_date(template_text)
+        self.tokenizer = tokenizer
+        self.template_name = template_name
+        self.template_text = template_text
+        self.template_hash = hashlib.sha256(template_text.encode()).hexdigest()
+        self.system_prompt = system_prompt
+        # Longest first: a token may be the beginning of another.
+        added = tokenizer.added_tokens_decoder.values()
+        self._control_tokens = sorted(
+            {token.content for token in added if token.special}, key=lambda name: (-len(name), name)
+        )
+        alternatives = "|".join(re.escape(token) for token in self._control_tokens)
+        self._control = re.compile(alternatives) if alternatives else None
+        self._literal_ids: dict[int, list[int]] = {}
+        bos = tokenizer.bos_token_id
+        self._wants_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self.closing_text = self._find_closing_text()
+        self.closing_ids = self._find_closing_ids()
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in self.closing_ids:
+            raise UserError(
+                f"the tokenizer pads with {tokenizer.pad_token!r}, which also closes a response of "
+                f"the chat template {template_name!r}: set backbone.tokenizer.pad_token to another"
+            )
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Write a conversation as the template does, with BOS only if the template writes it.
+
+        Args:
+            messages: Chat messages.
+            add_generation_prompt: Whether to open the next assistant message.
+
+        Returns:
+            The text.
+
+        Raises:
+            UserError: If the template refuses the messages.
+        """
+        return self._unmark(self._render(messages, add_generation_prompt))
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a prompt through its generation prompt, with exactly one BOS if the model has one.
+
+        Args:
+            messages: Chat messages, the last one from the user.
+
+        Returns:
+            Ids, ``(P,)``.
+
+        Raises:
+            UserError: If the template refuses the messages.
+        """
+        return self.with_bos(self.encode([self._render(messages, True)])[0])
+
+    def response_text(self, messages: Sequence[Message], answer: str) -> str:
+        """What an answer adds to its prompt's text: the answer and the template's closing.
+
+        Args:
+            messages: The prompt, its last message from the user.
+            answer: The assistant's text.
+
+        Returns:
+            The text, ending with ``closing_text``.
+
+        Raises:
+            UserError: As ``split_texts``.
+        """
+        return self._unmark(self.split_texts(messages, [answer])[1][0])
+
+    def response_ids(self, messages: Sequence[Message], answer: str) -> tuple[list[int], int]:
+        """Ids of a response.
+
+        Args:
+            messages: The prompt, its last message from the user.
+            answer: The assistant's text.
+
+        Returns:
+            Ids ``(m,)``, and how many of them at the end are closing tokens.
+
+        Raises:
+            UserError: As ``split_texts``.
+        """
+        ids = self.encode(self.split_texts(messages, [answer])[1])[0]
+        return ids, self.closing_count(ids)
+
+    def whole_ids(self, messages: Sequence[Message], answer: str) -> list[int]:
+        """Ids of prompt and answer encoded as one text: for comparison, nothing trains on them."""
+        return self.with_bos(self.encode([self._render([*messages, _answer(answer)], False)])[0])
+
+    def split_texts(
+        self, messages: Sequence[Message], answers: Sequence[str]
+    ) -> tuple[str, list[str]]:
+        """Texts of a prompt and its responses, for ``encode``; the prompt is rendered once.
+
+        Args:
+            messages: The prompt, its last message from the user.
+            answers: The assistant's texts.
+
+        Returns:
+            The prompt's text and a text for each answer; control tokens of the messages are marked.
+
+        Raises:
+            UserError: If an answer is empty as rendered, if the prompt's text does not begin the
+                text of the whole conversation, or if the template refuses the messages.
+        """
+        prompt = self._render(messages, True)
+        responses = []
+        for answer in answers:
+            whole = self._render([*messages, _answer(answer)], False)
+            if not whole.startswith(prompt):
+                self._refuse(
+                    "the text of the prompt is not the beginning of the text with an answer, so a "
+                    "response cannot be told from its prompt; use another template, such as plain"
+                )
+            text = whole[len(prompt) :]
+            if not text.endswith(self.closing_text):
+                self._refuse(f"an answer is not closed by {self.closing_text!r}")
+            if not text[: len(text) - len(self.closing_text)].strip():
+                raise UserError("the response is empty")
+            responses.append(text)
+        return prompt, responses
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts from ``split_texts``, in one call of the tokenizer and with nothing added.
+
+        Args:
+            texts: Texts; marked control tokens in them are encoded as ordinary text.
+
+        Returns:
+            Ids of each text.
+        """
+        pieces = [_MARK.split(text) for text in texts]
+        plain = [piece for split in pieces for piece in split[::2]]
+        encoded = iter(self._encode_plain(plain) if plain else [])
+        result = []
+        for split in pieces:
+            ids = next(encoded)
+            for mark in split[1::2]:
+                ids = ids + self._encode_literally(int(mark)) + next(encoded)
+            result.append(ids)
+        return result
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Begin a prompt's ids with exactly one BOS, or with none if the model has none."""
+        bos = self.tokenizer.bos_token_id
+        written = sum(1 for _ in takewhile(lambda token: token == bos, ids))
+        if written == 0:
+            return [bos, *ids] if self._wants_bos else ids
+        return ids[written - 1 :]
+
+    def closing_count(self, ids: Sequence[int]) -> int:
+        """Closing tokens at the end of a response's ids.
+
+        Fewer than ``closing_ids`` where a token spans the end of the answer and the closing.
+        """
+        pairs = zip(reversed(ids), reversed(self.closing_ids), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Render with the control tokens of the messages marked."""
+        from jinja2.exceptions import TemplateError
+
+        conversation = [{"role": m["role"], "content": self._mark(m["content"])} for m in messages]
+        if self.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
+            conversation.insert(0, {"role": "system", "content": self._mark(self.system_prompt)})
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    conversation,
+                    chat_template=self.template_text,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    # Qwen3 opens a thinking block otherwise, which an answer would not continue.
+                    enable_thinking=False,
+                )
+            )
+        except TemplateError as error:
+            self._refuse(str(error))
+
+    def _mark(self, content: str) -> str:
+        """Replace control tokens by marks made of lone surrogates, which no valid text contains."""
+        if _SURROGATE.search(content):
+            raise UserError("the text is not valid Unicode: it holds lone surrogates (\\ud800 …)")
+        if self._control is None:
+            return content
+        return self._control.sub(
+            lambda match: f"\ud800{self._control_tokens.index(match[0])}\ud801", content
+        )
+
+    def _unmark(self, text: str) -> str:
+        """Put the control tokens back."""
+        return _MARK.sub(lambda match: self._control_tokens[int(match[1])], text)
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts whose control tokens were written by the template."""
+        # verbose=False: the length warning means nothing here, LengthLimits cuts later.
+        encoded: Any = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+    def _encode_literally(self, token: int) -> list[int]:
+        """Encode a control token as the characters of its name."""
+        if token not in self._literal_ids:
+            encoded = self.tokenizer(
+                self._control_tokens[token], add_special_tokens=False, split_special_tokens=True
+            )
+            self._literal_ids[token] = list(encoded["input_ids"])
+        return self._literal_ids[token]
+
+    def _find_closing_text(self) -> str:
+        """Text after the answer of a made-up conversation."""
+        text = self._render([{"role": "user", "content": "a"}, _answer(_PROBE)], False)
+        before, found, closing = text.rpartition(_PROBE)
+        if not found or _PROBE in before:
+            self._refuse("it does not write the assistant's answer exactly once")
+        return closing
+
+    def _find_closing_ids(self) -> list[int]:
+        """Ids of the closing behind an answer, where no space or BOS is put before it."""
+        if not self.closing_text:
+            return []
+        alone, answer, closed = self._encode_plain(
+            [self.closing_text, "a", "a" + self.closing_text]
+        )
+        return closed[len(answer) :] if closed[: len(answer)] == answer else alone
+
+    def _refuse(self, why: str) -> NoReturn:
+        """Name the template in an error."""
+        raise UserError(f"chat template {self.template_name!r}: {why}")
+
+
+def boundary_difference(chat: BoundChat, groups: Iterable[Group]) -> float:
+    """Share of groups whose ids differ from those of whole conversations encoded as one text.
+
+    Args:
+        chat: Template and tokenizer.
+        groups: Groups to compare.
+
+    Returns:
+        Share, 0 to 1, of the groups with a difference in any response; 0 if there is no group.
+
+    Raises:
+        UserError: As ``BoundChat.split_texts``.
+    """
+    differing = total = 0
+    for group in groups:
+        total += 1
+        prompt = chat.prompt_ids(group.prompt)
+        differing += any(
+            chat.whole_ids(group.prompt, answer)
+            != prompt + chat.response_ids(group.prompt, answer)[0]
+            for answer in group.responses
+        )
+    return differing / total if total else 0.0
+
+
+def _answer(text: str) -> Message:
+    """An assistant message."""
+    return {"role": "assistant", "content": text}

@@ -1,0 +1,162 @@
+"""Whole groups laid end to end in one row, no padding, every prompt stored once.
+
+A row is ``[prompt 1][response 1.1][response 1.2]…[prompt 2][response 2.1]…``. Each response attends
+to its own prompt and to itself, and its positions continue from the end of its prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpsteer2.data.tokens import TokenGroup
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the segments of a packed row are, as plain integers.
+
+    They stay on the host, so that the attention backends can cut segments without waiting for the
+    device.
+
+    Attributes:
+        prompt_lengths: Tokens of each of the G prompts, all ≥ 1.
+        response_lengths: Tokens of each group's responses, all ≥ 1.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    response_lengths: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """T, the length of the row."""
+        return sum(self.prompt_lengths) + sum(map(sum, self.response_lengths))
+
+    @cached_property
+    def n_responses(self) -> int:
+        """R, the number of responses in the row."""
+        return sum(map(len, self.response_lengths))
+
+    @cached_property
+    def group_starts(self) -> tuple[int, ...]:
+        """Index of the first prompt token of each group, and T at the end."""
+        lengths = (
+            prompt + sum(responses)
+            for prompt, responses in zip(self.prompt_lengths, self.response_lengths, strict=True)
+        )
+        return (0, *accumulate(lengths))
+
+    @cached_property
+    def max_span(self) -> int:
+        """Longest prompt plus one response: one more than the largest position."""
+        return max(
+            prompt + max(responses)
+            for prompt, responses in zip(self.prompt_lengths, self.response_lengths, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One packed row of G groups with R responses and T tokens.
+
+    Attributes:
+        input_ids: ``(T,)`` int64.
+        position_ids: ``(T,)`` int64; prompts count from 0, responses go on from their prompt.
+        segment_ids: ``(T,)`` int32; 0 in prompts, 1 … n in a group's responses.
+        group_ids: ``(T,)`` int32, 0 … G−1.
+        last_tokens: ``(R,)`` int64, index of each response's last token.
+        response_groups: ``(R,)`` int64, the group 0 … G−1 of each response.
+        attributes: ``(R, A)`` float32 ratings 0–4, NaN where unknown.
+        preference_strength: ``(G,)`` float32, NaN where unknown.
+        group_indices: ``(G,)`` int64, position of each group in its data set.
+        layout: The segment table on the host.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    group_ids: Tensor
+    last_tokens: Tensor
+    response_groups: Tensor
+    attributes: Tensor
+    preference_strength: Tensor
+    group_indices: Tensor
+    layout: PackedLayout
+
+    def _map(self, function: object) -> PackedBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        return replace(self, **{name: function(value) for name, value in tensors.items()})  # type: ignore[operator]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Copy every tensor to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Copy every tensor to pinned memory, for asynchronous copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def without_labels(self) -> PackedBatch:
+        """The same row with every label unknown: it weighs nothing in any loss."""
+        return replace(
+            self,
+            attributes=torch.full_like(self.attributes, torch.nan),
+            preference_strength=torch.full_like(self.preference_strength, torch.nan),
+        )
+
+
+def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
+    """Lay groups end to end.
+
+    Args:
+        groups: At least one group; prompts and responses have at least one token each.
+
+    Returns:
+        The packed row, on the CPU.
+
+    Raises:
+        ValueError: If there is no group, or a segment is empty.
+    """
+    if not groups:
+        raise ValueError("a packed batch needs at least one group")
+    layout = PackedLayout(
+        tuple(len(group.prompt_ids) for group in groups),
+        tuple(tuple(map(len, group.response_ids)) for group in groups),
+    )
+    segments: list[np.ndarray] = []
+    starts: list[int] = []  # position of each segment's first token
+    kinds: list[int] = []  # 0 for prompts, 1 … n for responses
+    owners: list[int] = []
+    for g, group in enumerate(groups):
+        if not group.response_ids:
+            raise ValueError(f"group {group.index} has no response")
+        for kind, ids in enumerate((group.prompt_ids, *group.response_ids)):
+            if len(ids) == 0:
+                raise ValueError(f"group {group.index} has an empty prompt or response")
+            segments.append(ids)
+            starts.append(len(group.prompt_ids) if kind else 0)
+            kinds.append(kind)
+            owners.append(g)
+    lengths = np.fromiter(map(len, segments), np.int64, len(segments))
+    ends = np.cumsum(lengths)
+    is_response = np.array(kinds) > 0
+    positions = np.arange(layout.n_tokens) + np.repeat(np.array(starts) - (ends - lengths), lengths)
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(segments).astype(np.int64)),
+        position_ids=torch.from_numpy(positions),
+        segment_ids=torch.from_numpy(np.repeat(np.array(kinds, np.int32), lengths)),
+        group_ids=torch.from_numpy(np.repeat(np.array(owners, np.int32), lengths)),
+        last_tokens=torch.from_numpy(ends[is_response] - 1),
+        response_groups=torch.from_numpy(np.array(owners, np.int64)[is_response]),
+        attributes=torch.from_numpy(np.concatenate([group.attributes for group in groups])),
+        preference_strength=torch.tensor(
+            [group.preference_strength for group in groups], dtype=torch.float32
+        ),
+        group_indices=torch.tensor([group.index for group in groups]),
+        layout=layout,
+    )

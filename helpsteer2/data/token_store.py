@@ -1,0 +1,260 @@
+"""Token groups on disk: flat columns as ``.npy`` memory maps, and a ``meta.json`` with checksums.
+
+Tokens lie group after group: the prompt, then its responses. ``segments`` holds where each of them
+starts and ``first_segments`` the first segment of each group, so that response r of group g is
+segment ``first_segments[g] + 1 + r`` and row ``first_segments[g] - g + r`` of the ratings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from helpsteer2.data.tokens import TokenGroup
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tokens": np.dtype("<i4"),
+    "segments": np.dtype("<i8"),
+    "first_segments": np.dtype("<i8"),
+    "lengths": np.dtype("<i8"),
+    "ratings": np.dtype("<f4"),
+    "preference_strength": np.dtype("<f4"),
+    "ids": np.dtype("u1"),
+    "id_starts": np.dtype("<i8"),
+}
+_HEADER_BYTES = 128
+
+
+class Strings(Sequence[str]):
+    """Strings stored end to end as UTF-8, decoded one at a time.
+
+    Args:
+        data: All bytes.
+        starts: First byte of each string, and the end of the last.
+    """
+
+    def __init__(self, data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> None:
+        self._data = data
+        self._starts = starts
+
+    def __len__(self) -> int:
+        """Number of strings."""
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """One string, or a list of several."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        return self._data[self._starts[i] : self._starts[i + 1]].tobytes().decode("utf-8")
+
+
+class TokenisedGroups:
+    """Groups as ids, memory-mapped: opening them costs no memory that grows with their number.
+
+    Args:
+        folder: A folder written by ``TokenWriter``.
+        meta: Its ``meta.json``.
+
+    Attributes:
+        attribute_names: The A names of the columns of the ratings.
+        fingerprint: Hash of everything that decided the contents.
+        report: Counts: groups, responses, tokens, and what the length limits cut.
+        lengths: ``(G,)`` int64, tokens of each group (prompt once, every response once).
+        ids: The G ids of the groups.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.attribute_names: tuple[str, ...] = tuple(meta["attribute_names"])
+        self.fingerprint: str = meta["fingerprint"]
+        self.report: dict[str, int] = meta["report"]
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
+        self.lengths: npt.NDArray[np.int64] = columns["lengths"]
+        self.ids: Sequence[str] = Strings(columns["ids"], columns["id_starts"])
+        self._tokens = columns["tokens"]
+        self._segments = columns["segments"]
+        self._first_segments = columns["first_segments"]
+        self._ratings = columns["ratings"]
+        self._strength = columns["preference_strength"]
+
+    def __len__(self) -> int:
+        """Number of groups, G."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        """The group at a position, as copies in memory."""
+        i = range(len(self))[index]
+        first, end = (int(s) for s in self._first_segments[i : i + 2])
+        borders = self._segments[first : end + 1]
+        parts = [np.array(self._tokens[a:b]) for a, b in pairwise(borders)]
+        return TokenGroup(
+            prompt_ids=parts[0],
+            response_ids=tuple(parts[1:]),
+            attributes=np.array(self._ratings[first - i : end - i - 1]),
+            preference_strength=float(self._strength[i]),
+            index=i,
+        )
+
+    def rating_means(self) -> npt.NDArray[np.float64]:
+        """Mean of the known ratings of each attribute, ``(A,)``; NaN where none is known."""
+        return self._moments()[0]
+
+    def rating_stds(self) -> npt.NDArray[np.float64]:
+        """Population standard deviation of the known ratings, ``(A,)``; NaN where none is known."""
+        return self._moments()[1]
+
+    def _moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Mean and standard deviation over known ratings, in two passes."""
+        ratings = np.asarray(self._ratings, dtype=np.float64)
+        known = ~np.isnan(ratings)
+        with np.errstate(invalid="ignore"):
+            means = np.where(known, ratings, 0.0).sum(axis=0) / known.sum(axis=0)
+            squares = np.where(known, (ratings - means) ** 2, 0.0).sum(axis=0) / known.sum(axis=0)
+        return means, np.sqrt(squares)
+
+
+def open_store(folder: Path, fingerprint: str) -> TokenisedGroups | None:
+    """Open a folder of token groups.
+
+    Args:
+        folder: Where it should be.
+        fingerprint: What it should hold.
+
+    Returns:
+        The groups; None if the folder is missing, incomplete, damaged or holds something else.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["fingerprint"] != fingerprint:
+            return None
+        if any(meta["checksums"][name] != _checksum(folder / f"{name}.npy") for name in _DTYPES):
+            return None
+        return TokenisedGroups(folder, meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class TokenWriter:
+    """Write token groups one after the other; nothing but the last group is held in memory.
+
+    Args:
+        folder: A folder to create.
+        attribute_names: Names of the A rating columns.
+    """
+
+    def __init__(self, folder: Path, attribute_names: Sequence[str]) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._attribute_names = tuple(attribute_names)
+        self._columns = {
+            name: _Column(folder / f"{name}.npy", dtype, self._width(name))
+            for name, dtype in _DTYPES.items()
+        }
+        self._counts = {"groups": 0, "responses": 0, "tokens": 0}
+        for name in ("segments", "first_segments", "id_starts"):
+            self._columns[name].add([0])
+
+    def __enter__(self) -> TokenWriter:
+        """Start writing."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        for column in self._columns.values():
+            column.file.close()
+
+    def add(self, group: TokenGroup, group_id: str) -> None:
+        """Append a group."""
+        columns, counts = self._columns, self._counts
+        parts = (group.prompt_ids, *group.response_ids)
+        columns["tokens"].add(np.concatenate(parts))
+        columns["segments"].add(counts["tokens"] + np.cumsum([len(part) for part in parts]))
+        counts["groups"] += 1
+        counts["responses"] += len(group.response_ids)
+        counts["tokens"] += group.n_tokens
+        columns["first_segments"].add([counts["groups"] + counts["responses"]])
+        columns["lengths"].add([group.n_tokens])
+        columns["ratings"].add(group.attributes)
+        columns["preference_strength"].add([group.preference_strength])
+        columns["ids"].add(np.frombuffer(group_id.encode("utf-8"), dtype=np.uint8))
+        columns["id_starts"].add([columns["ids"].rows])
+
+    def _width(self, name: str) -> int | None:
+        """Columns of a two-dimensional array, None for a flat one."""
+        return len(self._attribute_names) if name == "ratings" else None
+
+    def finish(self, fingerprint: str, report: dict[str, int]) -> None:
+        """Complete the files and sync them to disk.
+
+        Args:
+            fingerprint: Hash of everything that decided the contents.
+            report: Counts to keep beside the writer's own.
+        """
+        for column in self._columns.values():
+            column.finish()
+        meta = {
+            "fingerprint": fingerprint,
+            "attribute_names": self._attribute_names,
+            "report": {**self._counts, **report},
+            "checksums": {name: _checksum(self._folder / f"{name}.npy") for name in _DTYPES},
+        }
+        with open(self._folder / "meta.json", "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Column:
+    """A ``.npy`` file that grows: its header is written last, when the number of rows is known."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], width: int | None) -> None:
+        self.file = open(path, "wb")  # noqa: SIM115 — TokenWriter closes it
+        self.file.write(bytes(_HEADER_BYTES))
+        self.rows = 0
+        self._dtype = dtype
+        self._width = width
+
+    def add(self, values: npt.ArrayLike) -> None:
+        """Append rows."""
+        array = np.ascontiguousarray(values, dtype=self._dtype)
+        self.file.write(array.tobytes())
+        self.rows += len(array)
+
+    def finish(self) -> None:
+        """Write the header and sync. Format: numpy.lib.format, version 1.0."""
+        shape = (self.rows,) if self._width is None else (self.rows, self._width)
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        text = repr(header).encode().ljust(_HEADER_BYTES - 11) + b"\n"
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, read in parts."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            value = zlib.crc32(part, value)
+    return value

@@ -1,0 +1,293 @@
+"""From groups to ids on disk: tokenised once, cached, and read back as memory maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpsteer2.data.chat import BoundChat
+from helpsteer2.data.groups import Group, GroupSource, read_all
+from helpsteer2.data.lengths import CutReport, LengthLimits
+from helpsteer2.data.token_store import TokenisedGroups, TokenWriter, open_store
+from helpsteer2.data.tokenizer import tokenizer_hash
+from helpsteer2.data.tokens import TokenGroup
+from helpsteer2.errors import DataError, Problem, UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Raised whenever the same input would be stored as something else."""
+
+CHUNK = 256
+"""Groups in one call of the tokenizer."""
+
+
+def encode_group(
+    group: Group,
+    index: int,
+    chat: BoundChat,
+    limits: LengthLimits,
+    attribute_names_of_source: Sequence[str],
+    attribute_names_wanted: Sequence[str],
+    report: CutReport,
+) -> TokenGroup:
+    """Encode one group, to the same ids as ``tokenise``.
+
+    Args:
+        group: The group.
+        index: Its position in its data set.
+        chat: Template and tokenizer.
+        limits: Longest prompt and response.
+        attribute_names_of_source: Names of the columns of ``group.attributes``.
+        attribute_names_wanted: The A names wanted; NaN where the source has no such column.
+        report: Counts what the limits cut.
+
+    Returns:
+        Ids and ratings.
+
+    Raises:
+        UserError: If a response is empty, or the template or the limits refuse the group.
+    """
+    encoded = _encode_chunk([group], chat)[0]
+    if isinstance(encoded, UserError):
+        raise encoded
+    columns = _columns(attribute_names_of_source, attribute_names_wanted)
+    return _token_group(group, index, encoded, chat, limits, columns, report)
+
+
+def tokenise(
+    source: GroupSource,
+    split: str,
+    chat: BoundChat,
+    limits: LengthLimits,
+    attribute_names: Sequence[str],
+    cache_dir: str | Path,
+) -> TokenisedGroups:
+    """Encode a split, or reopen it if the same was encoded before.
+
+    Memory does not grow with the number of groups. Several processes may ask for the same at once:
+    one works, the others wait for it.
+
+    Args:
+        source: Where to read.
+        split: ``train``, ``validation``, …
+        chat: Template and tokenizer.
+        limits: Longest prompt and response.
+        attribute_names: The A attributes wanted; those that the source lacks become NaN.
+        cache_dir: Folder for tokenised data.
+
+    Returns:
+        The groups as memory maps.
+
+    Raises:
+        DataError: If rows are bad or responses empty; lists all of them.
+        UserError: If the source rates none of the wanted attributes, the limits are too small for
+            the template, or the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    if attribute_names and not set(attribute_names) & set(source.attribute_names):
+        raise UserError(
+            f"the data rates {', '.join(source.attribute_names) or 'nothing'}, and none of the "
+            f"wanted attributes {', '.join(attribute_names)}: set attributes to names that it has"
+        )
+    limits.check(chat)
+    key = _cache_key(source, split, chat, limits, attribute_names)
+    folder = Path(cache_dir).expanduser() / "tokenised" / key
+    groups = open_store(folder, key)
+    if groups is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                groups = open_store(folder, key)  # another process may have been faster
+                if groups is None:
+                    _write(folder, key, source, split, chat, limits, attribute_names)
+                    groups = open_store(folder, key)
+        except OSError as error:
+            raise UserError(f"cannot write tokenised data to {folder.parent}: {error}") from error
+    if groups is None:
+        raise UserError(f"tokenised data cannot be read back from {folder}: is the disk in order?")
+    _log_cuts(split, groups.report, limits)
+    return groups
+
+
+def _write(
+    folder: Path,
+    key: str,
+    source: GroupSource,
+    split: str,
+    chat: BoundChat,
+    limits: LengthLimits,
+    attribute_names: Sequence[str],
+) -> None:
+    """Encode everything into a folder aside and move it into place."""
+    aside = folder.with_suffix(".partial")
+    for leftover in (aside, folder):  # of a killed process, or damaged
+        shutil.rmtree(leftover, ignore_errors=True)
+    report = CutReport()
+    columns = _columns(source.attribute_names, attribute_names)
+    problems: list[Problem] = []
+    index = 0
+    try:
+        with (
+            TokenWriter(aside, attribute_names) as writer,
+            _progress(f"tokenising {split}") as advance,
+        ):
+            for chunk in _chunks(_readable(source, split, problems)):
+                for group, encoded in zip(chunk, _encode_chunk(chunk, chat), strict=True):
+                    try:
+                        if isinstance(encoded, UserError):
+                            raise encoded
+                        tokens = _token_group(group, index, encoded, chat, limits, columns, report)
+                    except UserError as error:
+                        problems.append(_problem(group, str(error)))
+                        continue
+                    writer.add(tokens, group.id)
+                    index += 1
+                advance(len(chunk))
+            if problems:
+                raise DataError(problems)
+            writer.finish(key, report.counts())
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _readable(source: GroupSource, split: str, problems: list[Problem]) -> Iterator[Group]:
+    """Read a split; its bad rows join the problems, so that all are reported together."""
+    try:
+        yield from read_all(source, split)
+    except DataError as error:
+        problems[:0] = error.problems
+    except OSError as error:
+        raise UserError(f"cannot read {split!r}: {error}") from error
+
+
+def _encode_chunk(
+    groups: Sequence[Group], chat: BoundChat
+) -> list[tuple[list[int], list[list[int]]] | UserError]:
+    """Ids of prompts (with BOS) and responses, uncut, or why a group has none."""
+    texts: list[str] = []
+    errors: dict[int, UserError] = {}
+    for i, group in enumerate(groups):
+        try:
+            prompt, responses = chat.split_texts(group.prompt, group.responses)
+        except UserError as error:
+            errors[i] = error
+        else:
+            texts += [prompt, *responses]
+    ids = iter(chat.encode(texts))
+    return [
+        errors.get(i) or (chat.with_bos(next(ids)), list(islice(ids, len(group.responses))))
+        for i, group in enumerate(groups)
+    ]
+
+
+def _token_group(
+    group: Group,
+    index: int,
+    encoded: tuple[list[int], list[list[int]]],
+    chat: BoundChat,
+    limits: LengthLimits,
+    columns: Sequence[int | None],
+    report: CutReport,
+) -> TokenGroup:
+    """Cut the ids of a group and put its ratings in order."""
+    prompt, responses = encoded
+    prompt = limits.fit_prompt(group.prompt, prompt, chat, report)
+    responses = [limits.fit_response(ids, chat, report) for ids in responses]
+    ratings = np.full((len(group.responses), len(columns)), np.nan, dtype=np.float32)
+    if group.attributes is not None:
+        for target, column in enumerate(columns):
+            if column is not None:
+                values = [row[column] for row in group.attributes]
+                ratings[:, target] = [np.nan if value is None else value for value in values]
+    strength = group.preference_strength
+    return TokenGroup(
+        prompt_ids=np.asarray(prompt, dtype=np.int32),
+        response_ids=tuple(np.asarray(ids, dtype=np.int32) for ids in responses),
+        attributes=ratings,
+        preference_strength=float("nan") if strength is None else float(strength),
+        index=index,
+    )
+
+
+def _columns(names_of_source: Sequence[str], names_wanted: Sequence[str]) -> list[int | None]:
+    """Column of the source for each wanted name, None if it has none."""
+    positions = {name: i for i, name in enumerate(names_of_source)}
+    return [positions.get(name) for name in names_wanted]
+
+
+def _cache_key(
+    source: GroupSource,
+    split: str,
+    chat: BoundChat,
+    limits: LengthLimits,
+    attribute_names: Sequence[str],
+) -> str:
+    """Hash of everything that decides what is stored."""
+    parts: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "source": source.fingerprint(split),
+        "source_attributes": list(source.attribute_names),
+        "split": split,
+        "tokenizer": tokenizer_hash(chat.tokenizer),
+        "template": chat.template_hash,
+        "system_prompt": chat.system_prompt,
+        "limits": [limits.max_prompt_tokens, limits.max_response_tokens],
+        "attributes": list(attribute_names),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _chunks(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Lists of up to ``CHUNK`` groups."""
+    iterator = iter(groups)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _problem(group: Group, message: str) -> Problem:
+    """A problem at the row where the group was read."""
+    file, _, line = group.source.rpartition(":")
+    if file and line.isdigit():
+        return Problem(file, int(line), None, message)
+    return Problem(group.source, None, None, message)
+
+
+def _log_cuts(split: str, report: dict[str, int], limits: LengthLimits) -> None:
+    """Say what the limits cut, if anything."""
+    if report["tokens_cut"]:
+        logger.warning(
+            "%s: cut %d of %d prompts (%d turns dropped) to %d tokens and %d of %d responses to "
+            "%d; %d tokens lost",
+            *(split, report["prompts_cut"], report["groups"], report["turns_dropped"]),
+            *(limits.max_prompt_tokens, report["responses_cut"], report["responses"]),
+            *(limits.max_response_tokens, report["tokens_cut"]),
+        )
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Any]:
+    """A counter on standard error, if that is a terminal; yields what advances it."""
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("{task.description}: {task.completed:,.0f} groups")
+    columns = (SpinnerColumn(), text, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda n: bar.advance(task, n)

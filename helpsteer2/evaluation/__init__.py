@@ -1,0 +1,1 @@
+"""How good a reward model is: held-out ratings and preference benchmarks."""

@@ -1,0 +1,1 @@
+"""Pure maths on tensors and arrays; imports nothing of the project."""

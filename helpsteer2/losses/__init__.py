@@ -1,0 +1,1 @@
+"""One small callable per loss: inputs in, loss sum and count out."""

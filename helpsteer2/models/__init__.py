@@ -1,0 +1,1 @@
+"""Backbones, packed attention and the reward model."""

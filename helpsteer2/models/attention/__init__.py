@@ -1,0 +1,21 @@
+"""Packed attention with shared prompts: backends, and their way into transformers' decoders."""
+
+from helpsteer2.models.attention.interface import (
+    AttentionChoice,
+    Backend,
+    PackedContext,
+    check_packable,
+    choose_backend,
+    implementation_name,
+    packed_hidden_states,
+)
+
+__all__ = [
+    "AttentionChoice",
+    "Backend",
+    "PackedContext",
+    "check_packable",
+    "choose_backend",
+    "implementation_name",
+    "packed_hidden_states",
+]

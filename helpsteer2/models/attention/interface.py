@@ -1,0 +1,215 @@
+"""Packed attention inside any transformers decoder, through its attention interface.
+
+``packed_hidden_states`` is the one way from a packed row to hidden states. The backend is chosen
+once, when a model is built, and recorded; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from helpsteer2.data.packing import PackedBatch
+from helpsteer2.errors import UserError
+from helpsteer2.models.attention import flash, flex, sdpa
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Backend = Literal["sdpa", "flex", "flash"]
+AttentionChoice = Literal["auto", "sdpa", "flex", "flash"]
+
+logger = logging.getLogger(__name__)
+
+# transformers looks for "sdpa", "flash" and "flex" inside names and would treat ours as its own.
+_NAMES: dict[Backend, str] = {
+    "sdpa": "packed_segments",
+    "flex": "packed_blocks",
+    "flash": "packed_varlen",
+}
+_BACKENDS = {name: backend for backend, name in _NAMES.items()}
+# Arguments that decoders hand to their attention function and that change nothing here.
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+
+
+@dataclass(frozen=True)
+class PackedContext:
+    """What the attention of every layer shares for one batch."""
+
+    batch: PackedBatch
+
+    @cached_property
+    def flex_masks(self) -> flex.FlexMasks:
+        """Block masks, built at the first layer that asks."""
+        return flex.FlexMasks(self.batch)
+
+    @cached_property
+    def varlen_table(self) -> flash.VarlenTable:
+        """Segment table of the flash kernels, built at the first layer that asks."""
+        return flash.VarlenTable.build(self.batch.layout, self.batch.input_ids.device)
+
+
+def choose_backend(choice: AttentionChoice, device: torch.device | str) -> Backend:
+    """The backend that a model on a device will use.
+
+    Args:
+        choice: ``auto`` takes ``sdpa`` on the CPU; on a GPU ``flash`` if there is a kernel, else
+            ``flex``.
+        device: Where the model will run.
+
+    Returns:
+        The backend, also said in the log.
+
+    Raises:
+        UserError: If the backend asked for cannot run there.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if choice == "auto":
+        backend: Backend = "sdpa" if not on_gpu else "flash" if flash.kernel() else "flex"
+    else:
+        backend = choice
+    if backend == "sdpa" and on_gpu:
+        raise UserError("attention: sdpa runs on the CPU; on a GPU choose auto, flash or flex")
+    if backend != "sdpa" and not on_gpu:
+        raise UserError(f"attention: {backend} needs a GPU; on the CPU choose auto or sdpa")
+    if backend == "flash" and flash.kernel() is None:
+        raise UserError(
+            "attention: flash needs flash-attn (pip install 'helpsteer2[flash]' "
+            "--no-build-isolation) or a torch with torch.nn.attention.varlen; choose flex otherwise"
+        )
+    logger.info("attention backend: %s (asked for: %s)", backend, choice)
+    return backend
+
+
+def implementation_name(backend: Backend) -> str:
+    """Name of a backend among transformers' attention implementations; registers it."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    name = _NAMES[backend]
+    AttentionInterface.register(name, _packed_attention)
+    AttentionMaskInterface.register(name, _no_mask)
+    return name
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Packed rows need no mask tensor: the segment table is the mask."""
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: PackedContext | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """The attention function transformers calls; q, k, v ``(1, H, T, D)``, out ``(1, T, H, D)``."""
+    if packed is None:
+        raise RuntimeError(
+            "this model is set up for packed batches: call it through packed_hidden_states"
+        )
+    # Softcaps, sinks, masks, … would be ignored silently by a kernel that does not know them.
+    strange = sorted(
+        name
+        for name, value in unknown.items()
+        if value is not None and value is not False and name not in _HARMLESS
+    )
+    if attention_mask is not None:
+        strange.append("attention_mask")
+    if dropout and module.training:
+        strange.append(f"attention dropout {dropout}")
+    if strange:
+        raise UserError(
+            f"packed attention does not know {', '.join(strange)}, which "
+            f"{type(module).__name__} asks for: this backbone cannot be used"
+        )
+    # Under bf16-mixed, rotary embedding leaves q and k in fp32 while v is bf16.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    backend = _BACKENDS[module.config._attn_implementation]  # type: ignore[union-attr, index]
+    if backend == "sdpa":
+        layout = packed.batch.layout
+        return sdpa.attention(query, key, value, layout, scale, sliding_window), None
+    if backend == "flex":
+        return flex.attention(query, key, value, packed.flex_masks, scale, sliding_window), None
+    table, call = packed.varlen_table, flash.kernel()
+    assert call is not None  # choose_backend refused otherwise
+    return flash.attention(query, key, value, table, scale, sliding_window, call), None
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuse an architecture whose layers do not all go through the attention interface.
+
+    Args:
+        model: A decoder without LM head.
+
+    Raises:
+        UserError: For layers that carry state along the row (Mamba, linear attention), chunked
+            attention, encoders, or models outside transformers' attention interface. They would
+            leak between responses.
+    """
+    config: PreTrainedConfig = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    strange = kinds - {"full_attention", "sliding_attention"}
+    if strange:
+        raise UserError(
+            f"{type(model).__name__} has {', '.join(sorted(strange))} layers, which cannot be "
+            "packed: choose a backbone of full or sliding attention"
+        )
+    if not model._supports_attention_backend or not getattr(config, "is_causal", True):
+        raise UserError(
+            f"{type(model).__name__} does not use transformers' attention interface as a causal "
+            "decoder: choose another backbone (Llama, Qwen, Mistral, … work)"
+        )
+
+
+def _check_positions(config: PreTrainedConfig, batch: PackedBatch) -> None:
+    """Refuse rows whose rotary embedding would depend on the other groups in the row."""
+    span = batch.layout.max_span
+    rope = getattr(config, "rope_parameters", None) or {}
+    variants = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    for variant in variants:
+        if variant.get("rope_type") in {"dynamic", "longrope"}:
+            original = variant.get("original_max_position_embeddings")
+            limit = original or getattr(config, "original_max_position_embeddings", None)
+            limit = limit or config.max_position_embeddings
+            if span > limit:
+                raise UserError(
+                    f"rope_type {variant['rope_type']} scales with the longest text of a batch "
+                    f"beyond {limit} tokens, and a group here has {span}: lower "
+                    "lengths.max_prompt_tokens and lengths.max_response_tokens"
+                )
+
+
+def packed_hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Hidden states of the last layer for every token of a packed row.
+
+    Args:
+        backbone: Decoder without LM head, built with a packed attention implementation.
+        batch: The packed row, on the backbone's device.
+
+    Returns:
+        ``(T, H)``, after the final norm.
+
+    Raises:
+        UserError: If the backbone's rotary embedding does not allow these lengths.
+    """
+    _check_positions(backbone.config.get_text_config(), batch)
+    output = backbone(
+        input_ids=batch.input_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        use_cache=False,
+        packed=PackedContext(batch),
+    )
+    return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]

@@ -1,0 +1,119 @@
+"""Training a multi-attribute reward model by regression on ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helpsteer2.data.packing import PackedBatch
+from helpsteer2.errors import UserError
+from helpsteer2.functional import statistics
+from helpsteer2.losses.regression import RegressionLoss
+from helpsteer2.modules.step import OptimizerFactory, StepModule
+
+if TYPE_CHECKING:
+    from helpsteer2.models.reward import RewardModel
+
+
+class RegressionModule(StepModule):
+    """Fits a reward model's scores to ratings.
+
+    Args:
+        model: The reward model; its ``spec.attribute_names`` order the scores and the ratings.
+        loss: The loss, given by the config without names; it is bound to the model's here.
+        optimizer: Makes the optimizer from parameter groups.
+        warmup_steps: Step s (0-based) runs at ``lr · min(1, (s + 1) / warmup_steps)``.
+        gradient_clip: Largest gradient norm; None does not clip.
+
+    Raises:
+        UserError: If the loss weighs an attribute that the model does not have.
+    """
+
+    objective = "masked mean squared error on ratings"
+
+    def __init__(
+        self,
+        model: RewardModel,
+        *,
+        loss: RegressionLoss,
+        optimizer: OptimizerFactory,
+        warmup_steps: int = 10,
+        gradient_clip: float | None = 1.0,
+    ) -> None:
+        super().__init__(
+            model, optimizer=optimizer, warmup_steps=warmup_steps, gradient_clip=gradient_clip
+        )
+        self.attribute_names = tuple(model.spec.attribute_names)
+        self.loss = loss.bind(self.attribute_names)
+        self._validated: list[tuple[Tensor, ...]] = []
+
+    def count(self, batch: PackedBatch) -> Tensor:
+        """Known ratings of a micro-batch."""
+        return self.loss.count(batch.attributes)
+
+    def loss_sums(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Weighted squared errors; logged are each attribute's own and its known ratings."""
+        loss, sums = self.loss(self.model(batch), batch.attributes)
+        return loss.reshape(1), torch.cat([sums["squared_error"], sums["known"].float()])
+
+    def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Mean squared error of each attribute; NaN where the step had no rating of it."""
+        a = len(self.attribute_names)
+        return {
+            f"train/{name}/mse": sums[i] / sums[a + i] if sums[a + i] else float("nan")
+            for i, name in enumerate(self.attribute_names)
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        """Start with no scores."""
+        self._validated = []
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Score a packed batch of the validation split."""
+        groups = batch.group_indices[batch.response_groups]
+        columns = (groups, self.model(batch).float(), batch.attributes)
+        self._validated.append(tuple(column.cpu() for column in columns))
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather every rank's scores and log ``val/loss`` and each attribute's figures.
+
+        Raises:
+            UserError: If the whole split has no rating.
+        """
+        parts: list[Any] = [None] * self.trainer.world_size
+        mine = [torch.cat(columns).numpy() for columns in zip(*self._validated, strict=True)]
+        self._validated = []
+        if self.trainer.world_size > 1:
+            dist.all_gather_object(parts, mine)
+        else:
+            parts = [mine]
+        groups, scores, ratings = (
+            np.concatenate([part[i] for part in parts if part]) for i in range(3)
+        )
+        # The order of the data, not of the ranks: sums in floating point depend on it.
+        order = np.argsort(groups, kind="stable")
+        metrics = self._validation_metrics(scores[order], ratings[order])
+        # The record is written by callbacks; this makes it known to Lightning's own ones.
+        self.log_dict(metrics, logger=False, sync_dist=False)
+
+    def _validation_metrics(self, scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
+        """Metrics of a whole split: ``(N, A)`` scores and ratings, NaN where unknown."""
+        known = (~np.isnan(ratings)).sum(axis=0)
+        if not known.any():
+            raise UserError(
+                f"no response of the validation split is rated on {', '.join(self.attribute_names)}"
+            )
+        metrics = {"val/loss": 0.0}
+        for i, name in enumerate(self.attribute_names):
+            mse = statistics.mse(scores[:, i], ratings[:, i])
+            metrics[f"val/{name}/mse"] = mse
+            metrics[f"val/{name}/pearson"] = statistics.pearson(scores[:, i], ratings[:, i])
+            if known[i]:
+                assert self.loss.weights is not None
+                metrics["val/loss"] += self.loss.weights[i] * mse * known[i] / known.sum()
+        return metrics

@@ -1,0 +1,232 @@
+"""One optimizer step from a list of micro-batches, exact whatever their number and size."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from helpsteer2.data.packing import PackedBatch
+from helpsteer2.errors import UserError
+
+if TYPE_CHECKING:
+    from helpsteer2.models.reward import RewardModel
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is NaN or infinite, so the run must not go on.
+
+    Attributes:
+        step: 0-based optimizer step that failed; its update was not applied.
+        batch_file: Where the step's batch was saved, None if it was not.
+    """
+
+    def __init__(self, step: int, loss: float, gradient_norm: float) -> None:
+        self.step, self.batch_file = step, cast("Path | None", None)
+        super().__init__(
+            f"step {step} gave a loss of {loss} and a gradient norm of {gradient_norm}. Training "
+            "stopped before this update; the last checkpoint holds finite weights"
+        )
+
+    def __str__(self) -> str:
+        """Say where the batch is, and what usually helps."""
+        saved = f" The batch is in {self.batch_file}." if self.batch_file else ""
+        return (
+            f"{super().__str__()}.{saved} The same command would resume and meet the same step: "
+            "try a lower learning rate or trainer.precision=32-true in a new run_dir, or look at "
+            "that batch."
+        )
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that decay and those that do not.
+
+    Parameters with one dimension (biases, norms) do not decay; matrices do, embeddings included, as
+    in Megatron, on which the paper's code runs.
+
+    Args:
+        module: Holds the parameters; frozen ones are left out.
+
+    Returns:
+        At most two parameter groups, none empty; the first takes the optimizer's own decay.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim >= 2]},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then constant.
+
+    Args:
+        step: 0-based optimizer step.
+        warmup_steps: Steps until the full rate; 0 and 1 start with it.
+
+    Returns:
+        ``min(1, (step + 1) / warmup_steps)``.
+    """
+    return min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+class StepModule(pl.LightningModule):
+    """A LightningModule whose ``training_step`` is one optimizer step.
+
+    It receives the micro-batches of the step as a list, runs backward on each loss sum over the
+    count of the *whole* step (all micro-batches, all ranks), and steps once. So the update does not
+    depend on how the step was cut. Lightning counts one ``global_step`` a step, because there is
+    exactly one optimizer. Lightning opens its autocast context around ``training_step``: all
+    micro-batches share it, so weights are cast to bf16 once a step.
+
+    Subclasses say what to count, what the loss sums are, and what to log.
+
+    Args:
+        model: What is trained and exported.
+        optimizer: Makes the optimizer from parameter groups.
+        warmup_steps: Step s (0-based) runs at ``lr · min(1, (s + 1) / warmup_steps)``.
+        gradient_clip: Largest gradient norm, over all parameters together; None does not clip.
+    """
+
+    objective: ClassVar[str]
+    """The loss in words, for the model card."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        *,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        gradient_clip: float | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.automatic_optimization = False
+        self.make_optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.gradient_clip = gradient_clip
+        self.groups_seen = 0
+        self.tokens_seen = 0
+
+    @abstractmethod
+    def count(self, batch: PackedBatch) -> Tensor:
+        """Denominators of the loss terms, known before any forward: ``(K,)`` int64."""
+
+    @abstractmethod
+    def loss_sums(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Run the model: loss sums ``(K,)`` and detached sums to log ``(S,)``, both float32."""
+
+    @abstractmethod
+    def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Metrics from the logged sums ``(S,)`` over the whole step of all ranks."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer over two parameter groups, and the warm-up."""
+        optimizer = self.make_optimizer(decay_groups(self))
+        warmup_steps = self.warmup_steps
+        schedule = LambdaLR(optimizer, lambda step: warmup_factor(step, warmup_steps))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_fit_start(self) -> None:
+        """Switch to training mode: ``from_pretrained`` gives eval, and Lightning keeps it."""
+        self.train()
+
+    def training_step(self, batches: list[PackedBatch], batch_idx: int) -> dict[str, Any]:
+        """Run one optimizer step.
+
+        Args:
+            batches: This rank's micro-batches. Every rank has the same number; those of zero count
+                only keep the ranks in step.
+            batch_idx: Not used; ``global_step`` is the number of the step.
+
+        Returns:
+            ``metrics``: name → number, of the whole step over all ranks.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient norm is not finite; no update is made.
+        """
+        step = self.global_step
+        optimizer = cast("pl.core.optimizer.LightningOptimizer", self.optimizers())
+        counts = torch.stack([self.count(batch).reshape(-1) for batch in batches])
+        total = self._sum_over_ranks(counts.sum(dim=0)).clamp(min=1)
+        optimizer.zero_grad()
+        sums = self._backward(batches, total)
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.parameters() if p.grad is not None],
+            float("inf") if self.gradient_clip is None else self.gradient_clip,
+        )
+        labelled = (counts > 0).any(dim=1).tolist()
+        seen = [
+            sum(len(b.group_indices) for b, real in zip(batches, labelled, strict=True) if real),
+            sum(b.input_ids.numel() for b, real in zip(batches, labelled, strict=True) if real),
+        ]
+        groups, tokens = self._sum_over_ranks(torch.tensor(seen, device=self.device)).tolist()
+        k = len(total)
+        loss = float((sums[:k] / total).sum())
+        gradient_norm = float(norm)
+        if not (torch.isfinite(sums).all() and torch.isfinite(norm)):
+            raise NonFiniteError(step, loss, gradient_norm)
+        lr = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cast("LambdaLR", self.lr_schedulers()).step()
+        self.groups_seen += groups
+        self.tokens_seen += tokens
+        return {
+            "metrics": {
+                "train/loss": loss,
+                "train/grad_norm": gradient_norm,
+                "lr": lr,
+                "groups_seen": self.groups_seen,
+                "tokens_seen": self.tokens_seen,
+                **self.step_metrics(sums[k:].tolist()),
+            }
+        }
+
+    def _backward(self, batches: list[PackedBatch], total: Tensor) -> Tensor:
+        """Run forward and backward on every micro-batch; sums over all of them and all ranks."""
+        all_sums = []
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last else self._no_gradient_sync():
+                sums, logged = self.loss_sums(batch)
+                # DDP averages the ranks' gradients, the loss needs their sum.
+                loss = (sums / total).sum() * self.trainer.world_size
+                # Backward of a layer that left autocast would otherwise run its matmuls in bf16.
+                with torch.autocast(self.device.type, enabled=False):
+                    self.manual_backward(loss)
+            all_sums.append(torch.cat([sums.detach().reshape(-1), logged.reshape(-1)]))
+        return self._sum_over_ranks(torch.stack(all_sums).sum(dim=0))
+
+    def _no_gradient_sync(self) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ParallelStrategy):
+            return cast("AbstractContextManager[None]", strategy.block_backward_sync())
+        return contextlib.nullcontext()
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was seen, as plain numbers (``weights_only`` loading takes nothing else)."""
+        checkpoint["seen"] = {"groups": self.groups_seen, "tokens": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint stopped."""
+        seen = checkpoint["seen"]
+        self.groups_seen, self.tokens_seen = seen["groups"], seen["tokens"]

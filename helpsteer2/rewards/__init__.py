@@ -1,0 +1,1 @@
+"""From text to attribute scores and one reward."""

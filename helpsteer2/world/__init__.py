@@ -1,0 +1,1 @@
+"""A small made-up world whose ratings are known exactly, for runs without any download."""

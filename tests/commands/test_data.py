@@ -1,0 +1,224 @@
+"""``helpsteer2 data``: every bad row on its own line, the right exit code, and a true table."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES as NAMES
+from helpsteer2.commands.data import SOURCES, main
+from helpsteer2.data.checks import SCHEMAS
+from helpsteer2.data.description import DataStatistics
+from helpsteer2.data.groups import Group, Message
+from helpsteer2.errors import UserError
+
+REAL = os.environ.get("HELPSTEER2_REAL_DATA")
+
+
+def row(prompt: str, response: str = "r", **other: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "response": response, **dict.fromkeys(NAMES, 3), **other}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+ASK = "\n\nHuman: a\n\nAssistant:"
+USER = {"role": "user", "content": "q"}
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "helpsteer2": [row(f"p{i // 2}") for i in range(20)],
+    "helpsteer": [row(f"p{i // 4}") for i in range(20)],
+    "disagreements": [row(f"p{i // 2}", **{n: [1, 2] for n in NAMES}) for i in range(20)],
+    "preference": [
+        {"split": s, "prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": 1}
+        for s in ("train", "validation", "train")
+    ],
+    "open_assistant": [
+        {"message_id": "a", "parent_id": None, "text": "?", "role": "prompter", "labels": None},
+        {"message_id": "b", "parent_id": "a", "text": "!", "role": "assistant", "labels": None},
+    ],
+    "hh_rlhf": [{"chosen": f"{ASK} b", "rejected": f"{ASK} c"}],
+    "groups": [{"id": "a", "prompt": [USER], "responses": ["b"]}],
+}
+
+
+def test_every_schema_has_a_source() -> None:
+    assert set(SOURCES) == set(SCHEMAS) == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("schema", sorted(EXAMPLES))
+@pytest.mark.parametrize("command", ["validate", "describe"])
+def test_schema_is_found_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: str, command: str
+) -> None:
+    file = write(tmp_path / "a.jsonl", EXAMPLES[schema])
+    assert main([command, str(file)]) == 0
+    assert schema in capsys.readouterr().out
+    assert main([command, str(file), "--schema", schema]) == 0
+
+
+def test_every_bad_row_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "validation"):
+        rows = [row(f"p{i // 2}") for i in range(200)]
+        for i in range(0, 200, 4):
+            rows[i].update(helpfulness=7, response="")
+        write(tmp_path / f"{split}.jsonl", rows)
+    assert main(["validate", str(tmp_path)]) == 1
+    *problems, summary = capsys.readouterr().out.splitlines()
+    expected = [
+        f"{tmp_path / split}.jsonl:{i + 1}: {field}"
+        for split in ("train", "validation")
+        for i in range(0, 200, 4)
+        for field in ("response", "helpfulness")
+    ]
+    assert [": ".join(line.split(": ")[:2]) for line in problems] == expected
+    assert summary.endswith("400 rows, 100 groups, 100 bad rows, 200 problems")
+    assert main(["validate", str(tmp_path), "--split", "validation"]) == 1
+    assert "200 rows, 50 groups, 50 bad rows" in capsys.readouterr().out
+
+
+def test_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.jsonl", EXAMPLES["helpsteer2"])
+    assert main(["validate", str(file)]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"{file} (helpsteer2): 20 rows, 10 groups, 0 bad rows, 0 problems\n"
+    )
+
+
+def test_table_with_both_splits_tells_its_problems_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {**EXAMPLES["preference"][0], "preference_strength": 9}
+    file = write(tmp_path / "a.jsonl", [*EXAMPLES["preference"], bad])
+    assert main(["validate", str(file)]) == 1
+    problem, summary = capsys.readouterr().out.splitlines()
+    assert problem.startswith(f"{file}:4: preference_strength: ")
+    assert summary.endswith("4 rows, 3 groups, 1 bad rows, 1 problems")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "empty"),
+        ('{"question": "a", "answer": "b"}\n', "unknown schema"),
+        ('{"promt": "a", "response": "b"}\n', "is it 'promt', misspelt?"),
+        ("not json\n", "not valid JSON"),
+    ],
+)
+def test_file_that_is_no_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, says: str
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(content)
+    assert main(["validate", str(file)]) == 1
+    assert says in capsys.readouterr().out
+
+
+def test_folder_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(tmp_path)]) == 1
+    assert "it holds nothing" in capsys.readouterr().out
+
+
+def test_path_that_is_nowhere(tmp_path: Path) -> None:
+    for command in ("validate", "describe"):
+        with pytest.raises(UserError, match="no such file"):
+            main([command, str(tmp_path / "nowhere")])
+
+
+def test_describe_leaves_bad_rows_out_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = EXAMPLES["helpsteer2"] + [row("x", helpfulness=9), row("x")]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert main(["describe", str(file)]) == 0
+    captured = capsys.readouterr()
+    assert "10 groups, 2.00 responses each" in captured.out
+    assert "1 problems left out" in captured.err
+
+
+def test_statistics_agree_with_the_library() -> None:
+    rng = random.Random(0)
+    made = DataStatistics(("helpfulness", "wit"))
+    ratings: list[tuple[float, float | None]] = []
+    lengths = []
+    for i in range(500):
+        rows = [(float(rng.randint(0, 4)), rng.choice([None, 0.0, 2.5, 4.0])) for _ in "ab"]
+        responses = tuple("x" * rng.randint(1, 2000) for _ in "ab")
+        ratings += rows
+        lengths += [len(r) for r in responses]
+        prompt = (Message(role="user", content="y" * 10),)
+        made.add(Group(str(i), "", prompt, responses, tuple(rows)))
+    known = [(h, w) for h, w in ratings if w is not None]
+    helpfulness = [h for h, _ in ratings]
+    wit = made.attributes["wit"]
+    assert wit.n == len(known)
+    assert wit.mean() == pytest.approx(statistics.mean(w for _, w in known))
+    assert wit.std() == pytest.approx(statistics.stdev(w for _, w in known))
+    assert wit.pearson() == pytest.approx(statistics.correlation(*zip(*known, strict=True)))
+    characters = made.lengths["response characters"]
+    assert characters.mean() == pytest.approx(statistics.mean(lengths))
+    assert characters.pearson() == pytest.approx(statistics.correlation(lengths, helpfulness))
+    ties = [a == b for a, b in zip(helpfulness[::2], helpfulness[1::2], strict=True)]
+    assert made.ties["helpfulness"].share() == pytest.approx(statistics.mean(ties))
+    assert str(made.lengths["prompt characters"].pearson()) == "nan"  # Constant.
+
+
+def test_validate_is_quick_to_start_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", EXAMPLES["helpsteer2"])
+    code = (
+        "import sys; from helpsteer2.commands.data import main; "
+        f"main(['validate', {str(file)!r}]); main(['describe', {str(file)!r}]); "
+        "heavy = {'torch', 'transformers', 'datasets', 'pytorch_lightning', 'pyarrow', 'hydra'}; "
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reader_that_stops_early_gets_no_traceback(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [row(f"p{i}", helpfulness=9) for i in range(5000)])
+    code = f"from helpsteer2.commands.data import main; main(['validate', {str(file)!r}])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr is not None
+    assert child.stderr.read() == ""
+    child.wait(60)
+
+
+@pytest.mark.skipif(not REAL, reason="HELPSTEER2_REAL_DATA is not set")
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("helpsteer2_slice", "(helpsteer2): 8,286 rows, 4,143 groups, 0 bad rows"),
+        ("helpsteer2_slice/disagreements.jsonl.gz", "(disagreements): 2,288 rows, 1,144 groups"),
+        (
+            "helpsteer2_first100/helpsteer2_train_first100.jsonl",
+            "(helpsteer2): 100 rows, 50 groups",
+        ),
+        ("helpsteer1_500/helpsteer1_sample500.jsonl", "(helpsteer): 500 rows"),
+    ],
+)
+def test_real_data(capsys: pytest.CaptureFixture[str], path: str, says: str) -> None:
+    assert main(["validate", str(Path(REAL or "") / path)]) == 0
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not REAL, reason="HELPSTEER2_REAL_DATA is not set")
+def test_real_files_of_other_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("steerlm_format/sft_50_extra_id_format.jsonl", "rewardbench/filtered.parquet"):
+        assert main(["validate", str(Path(REAL or "") / path)]) == 1
+        assert "unknown schema" in capsys.readouterr().out

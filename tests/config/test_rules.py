@@ -1,0 +1,137 @@
+"""Combinations that cannot work are refused, those that can are not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from helpsteer2.config.rules import RULES, Settings
+
+GOOD: dict[str, Any] = {
+    "run_dir": "outputs/x",
+    "seed": 1,
+    "attributes": ["helpfulness", "verbosity"],
+    "backbone": {
+        "path": "some/model",
+        "init": "pretrained",
+        "config": None,
+        "dtype": "float32",
+        "attention": "auto",
+        "tokenizer": {"_target_": "helpsteer2.data.tokenizer.PretrainedTokenizer"},
+    },
+    "batching": {
+        "global_batch": 4,
+        "tokens_per_microbatch": 100,
+        "epochs": 0.5,
+        "max_steps": None,
+    },
+    "lengths": {"max_prompt_tokens": 10, "max_response_tokens": 10},
+    "module": {
+        "loss": {"attribute_loss_weights": None},
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
+        "warmup_steps": 0,
+        "gradient_clip": None,
+    },
+    "weights": {"values": {"helpfulness": 1.0, "complexity": 0.0}},
+    "schedule": {"validate_every": None, "checkpoint_every": 10},
+    "trainer": {
+        "precision": "bf16-mixed",
+        "accelerator": "auto",
+        "devices": 4,
+        "num_nodes": 1,
+        "strategy": "ddp",
+    },
+}
+
+
+def findings(**changes: Any) -> list[str]:
+    """Paths that the rules complain about; ``__`` stands for a dot."""
+    config = copy.deepcopy(GOOD)
+    for path, value in changes.items():
+        node = config
+        *parents, last = path.split("__")
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    settings = Settings(config, config)
+    return [path for rule in RULES for path, _ in rule(settings)]
+
+
+def test_a_good_configuration_passes() -> None:
+    assert findings() == []
+
+
+def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
+    settings = Settings({}, {})
+    assert [finding for rule in RULES for finding in rule(settings)] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"trainer__precision": "bf16-true"}, "trainer.precision"),
+        ({"trainer__precision": "16-true"}, "trainer.precision"),
+        ({"trainer__precision": "16-mixed"}, "trainer.precision"),
+        ({"backbone__dtype": "bfloat16"}, "backbone.dtype"),
+        ({"backbone__path": None}, "backbone.path"),
+        ({"backbone__path": None, "backbone__init": "random"}, "backbone.config"),
+        (
+            {"backbone__tokenizer___target_": "helpsteer2.data.tokenizer.TrainedTokenizer"},
+            "backbone.tokenizer",
+        ),
+        ({"backbone__attention": "flash", "trainer__accelerator": "cpu"}, "backbone.attention"),
+        ({"backbone__attention": "flex", "trainer__accelerator": "cpu"}, "backbone.attention"),
+        ({"batching__global_batch": 3}, "batching.global_batch"),
+        ({"trainer__num_nodes": 2}, "batching.global_batch"),
+        ({"trainer__devices": [0, 1, 2, 3, 4]}, "batching.global_batch"),
+        ({"batching__epochs": None}, "batching.epochs"),
+        ({"batching__epochs": 0}, "batching.epochs"),
+        ({"batching__max_steps": 0}, "batching.max_steps"),
+        ({"schedule__validate_every": 0}, "schedule.validate_every"),
+        ({"schedule__checkpoint_every": -1}, "schedule.checkpoint_every"),
+        ({"lengths__max_prompt_tokens": 0}, "lengths.max_prompt_tokens"),
+        ({"module__optimizer__lr": 0.0}, "module.optimizer.lr"),
+        ({"module__gradient_clip": 0}, "module.gradient_clip"),
+        ({"module__warmup_steps": -1}, "module.warmup_steps"),
+        ({"seed": -1}, "seed"),
+        ({"weights__values": {"complexity": 1.0}}, "weights.values"),
+        ({"weights__values": {"helpfulness": 0.0}}, "weights.values"),
+        (
+            {"module__loss__attribute_loss_weights": {"quality": 1.0}},
+            "module.loss.attribute_loss_weights",
+        ),
+        ({"attributes": ["helpfulness", "helpfulness"]}, "attributes"),
+        ({"trainer__max_steps": 5}, "trainer.max_steps"),
+        ({"trainer__gradient_clip_val": 1.0}, "trainer.gradient_clip_val"),
+        ({"trainer__strategy": "fsdp"}, "trainer.strategy"),
+        ({"run_dir": "~/runs"}, "run_dir"),
+        ({"run_dir": f"{__file__}/x"}, "run_dir"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes: dict[str, Any], path: str) -> None:
+    assert findings(**changes) == [path]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone__init": "random"},
+        {
+            "backbone__init": "random",
+            "backbone__path": None,
+            "backbone__config": {"model_type": "llama"},
+        },
+        {"backbone__attention": "flash"},
+        {"backbone__attention": "sdpa", "trainer__accelerator": "cpu"},
+        {"batching__epochs": None, "batching__max_steps": 3},
+        {"trainer__devices": "auto", "batching__global_batch": 1},
+        {"trainer__precision": "32-true"},
+        {"weights": None},
+        {"module__loss__attribute_loss_weights": {"verbosity": 0.5}},
+        {"trainer__logger": False},
+    ],
+)
+def test_what_can_work_is_allowed(changes: dict[str, Any]) -> None:
+    assert findings(**changes) == []
