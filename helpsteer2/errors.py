@@ -59,3 +59,7 @@ class DataError(UserError):
         if hidden > 0:
             lines.append(f"… and {hidden} more; `helpsteer2 data validate PATH` lists them all")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[tuple[Problem, ...]]]:
+        """Pickle by the problems, so that the error survives the way back from a worker."""
+        return DataError, (self.problems,)

@@ -32,7 +32,9 @@ VERSION_BASE = "1.3"
 
 _ERRORS = (HydraException, MissingConfigException, OmegaConfBaseException, ValueError, TypeError)
 _NAMED_KEY = re.compile(r"Could not (?:override|append|delete)[^'\n]*'([^']+)'")
-_ALL_JOBS = 64
+
+ALL_JOBS = 64
+"""Sweeps of more jobs are checked value by value instead of in every combination."""
 
 
 def conf_dir() -> Path:
@@ -310,7 +312,7 @@ class Composer:
         total = 1
         for column in texts:
             total *= len(column)
-        if total <= _ALL_JOBS:
+        if total <= ALL_JOBS:
             return [list(job) for job in itertools.product(*texts)]
         first = [column[0] for column in texts]
         return [

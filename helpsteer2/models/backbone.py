@@ -106,13 +106,14 @@ class Backbone:
         return _without_dropout(config)
 
     def _pretrained(self, implementation: str, dtype: torch.dtype) -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         if self.path is None:
             raise UserError("backbone: init=pretrained needs backbone.path (a folder or a Hub id)")
         config = self._from_path(AutoConfig, self.path, **dict(self.config or {}))
+        # As a causal LM: a checkpoint with tied weights may hold the embedding as its LM head only.
         model, info = self._from_path(
-            AutoModel,
+            AutoModelForCausalLM,
             self.path,
             config=_without_dropout(config),
             dtype=dtype,
@@ -120,13 +121,14 @@ class Backbone:
             use_safetensors=True,
             output_loading_info=True,
         )
-        holes = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        missing = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]
+        holes = sorted(name for name in missing if not name.startswith("lm_head."))
         if holes:
             raise UserError(
                 f"backbone.path={self.path} lacks weights of {type(model).__name__}: "
                 f"{', '.join(holes[:5])}{' …' if len(holes) > 5 else ''}"
             )
-        return model  # type: ignore[no-any-return]
+        return model.base_model  # type: ignore[no-any-return]
 
     def _from_path(self, factory: Any, path: str, **options: Any) -> Any:
         """``from_pretrained`` from a folder, the Hub, or the Hub's cache if it is out of reach."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -84,14 +84,28 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
+@contextlib.contextmanager
+def _cached_casts(device_type: str) -> Iterator[None]:
+    """Keep what autocast casts until the end of the block; Lightning's context does not.
+
+    The weights must not change inside, and must not be used without gradients first: the cast kept
+    then would cut them off from theirs.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    enabled = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=True):
+        yield
+    torch.clear_autocast_cache()
+
+
 class StepModule(pl.LightningModule):
     """A LightningModule whose ``training_step`` is one optimizer step.
 
     It receives the micro-batches of the step as a list, runs backward on each loss sum over the
     count of the *whole* step (all micro-batches, all ranks), and steps once. So the update does not
     depend on how the step was cut. Lightning counts one ``global_step`` a step, because there is
-    exactly one optimizer. Lightning opens its autocast context around ``training_step``: all
-    micro-batches share it, so weights are cast to bf16 once a step.
+    exactly one optimizer. Under ``bf16-mixed`` the weights are cast once a step, not once a
+    micro-batch.
 
     Subclasses say what to count, what the loss sums are, and what to log.
 
@@ -199,16 +213,17 @@ class StepModule(pl.LightningModule):
     def _backward(self, batches: list[PackedBatch], total: Tensor) -> Tensor:
         """Run forward and backward on every micro-batch; sums over all of them and all ranks."""
         all_sums = []
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else self._no_gradient_sync():
-                sums, logged = self.loss_sums(batch)
-                # DDP averages the ranks' gradients, the loss needs their sum.
-                loss = (sums / total).sum() * self.trainer.world_size
-                # Backward of a layer that left autocast would otherwise run its matmuls in bf16.
-                with torch.autocast(self.device.type, enabled=False):
-                    self.manual_backward(loss)
-            all_sums.append(torch.cat([sums.detach().reshape(-1), logged.reshape(-1)]))
+        with _cached_casts(self.device.type):
+            for i, batch in enumerate(batches):
+                last = i == len(batches) - 1
+                with contextlib.nullcontext() if last else self._no_gradient_sync():
+                    sums, logged = self.loss_sums(batch)
+                    # DDP averages the ranks' gradients, the loss needs their sum.
+                    loss = (sums / total).sum() * self.trainer.world_size
+                    # Backward of a layer that left autocast would otherwise run in bf16.
+                    with torch.autocast(self.device.type, enabled=False):
+                        self.manual_backward(loss)
+                all_sums.append(torch.cat([sums.detach().reshape(-1), logged.reshape(-1)]))
         return self._sum_over_ranks(torch.stack(all_sums).sum(dim=0))
 
     def _no_gradient_sync(self) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from helpsteer2.errors import ConfigError
 
 NUMBERS = itertools.count()
 
-PARTS = '''
+PARTS = """
 from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,9 +49,9 @@ class Drives(Protocol):
     def drive(self) -> None: ...
 
 def build(size: Size, **extra: int) -> Engine: ...
-'''
+"""
 
-COMMAND = '''
+COMMAND = """
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,7 +71,7 @@ def run(
     config: Mapping[str, Any] | None = None,
 ) -> float:
     ...
-'''
+"""
 
 ROOT = """
 defaults:

@@ -33,7 +33,9 @@ def test_an_argument_that_no_file_names_can_be_set_without_plus(project: Any) ->
 
 
 def test_yaml_numbers_without_a_dot_are_numbers(project: Any) -> None:
-    project.write("conf/engine/tuned.yaml", "_target_: PACKAGE.parts.Engine\nwidth: 3\nrate: 1e-5\n")
+    project.write(
+        "conf/engine/tuned.yaml", "_target_: PACKAGE.parts.Engine\nwidth: 3\nrate: 1e-5\n"
+    )
     assert project.check("engine=tuned").jobs[0]["engine.rate"] == 1e-5
 
 
@@ -70,7 +72,7 @@ def test_wrong_overrides(project: Any, override: str, expected: str) -> None:
         ("seed=true", "seed: expected int, got True"),
         ("seed=2.0", "got 2.0; did you mean 2?"),
         ("engine.rate='1e-3'", "write the number without quotes"),
-        ("note=3", """note: expected str | None, got 3; text needs quotes of its own: note="'3'\""""),
+        ("note=3", """expected str | None, got 3; text needs quotes of its own: note="'3'\""""),
         ("engine.size=larg", "expected None | 'small' | 'large', got 'larg'; did you mean large?"),
         ("note=null", None),
         ("engine.size=None", "did you mean null?"),
@@ -80,7 +82,7 @@ def test_wrong_overrides(project: Any, override: str, expected: str) -> None:
         ("engine._target_=PACKAGE.parts.Wheel", "count: is missing: PACKAGE.parts.Wheel needs it"),
         ("wheel._partial_=false", "wheel.count: is missing"),
         ("engine._target_=nowhere.Engine", "no module named 'nowhere' is installed"),
-        ("engine=open", "engine.width: has no value yet: give engine.width=…  [conf/engine/open.yaml:2]"),
+        ("engine=open", "has no value yet: give engine.width=…  [conf/engine/open.yaml:2]"),
         ("seed=${nowhere}", "seed: cannot be resolved: Interpolation key 'nowhere' not found"),
         ("note=${oc.env:NO_SUCH_VARIABLE}", "Environment variable 'NO_SUCH_VARIABLE' not found"),
         ("~seed", "seed: is missing: `helpsteer2 run` needs it"),
@@ -140,10 +142,13 @@ def test_every_value_of_a_sweep_is_checked(project: Any) -> None:
     assert len(lines) == 2
 
 
-def test_a_sweep_too_large_for_every_combination_still_checks_every_value(project: Any) -> None:
-    sweep = ",".join(str(number) for number in range(99))
-    lines = project.mistakes(f"seed={sweep},x", "note=a,3,b", multirun=True)
+def test_a_sweep_too_large_for_every_combination_still_checks_every_value(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helpsteer2.config.compose.ALL_JOBS", 8)
+    lines = project.mistakes("seed=1,2,x", "note=a,3,b", multirun=True)
     assert [line.partition(":")[0] for line in sorted(lines)] == ["note", "seed"]
+    assert len(project.check("seed=1,2,3", "note=a,b,c", multirun=True).jobs) == 6
 
 
 def test_sweeps_written_in_a_file_are_checked(project: Any) -> None:

@@ -43,8 +43,7 @@ def test_signature_is_the_one_python_sees(target: str) -> None:
     named = {
         key: parameter
         for key, parameter in real.items()
-        if parameter.kind
-        not in {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+        if parameter.kind not in {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
     }
     assert list(read.parameters) == list(named)
     for key, parameter in named.items():
@@ -98,6 +97,10 @@ def test_nothing_is_imported_while_reading(project: Any) -> None:
     assert project.package not in sys.modules
 
 
+def made(name: str, **more: Any) -> dict[str, Any]:
+    return {"_target_": f"PACKAGE.parts.{name}", **more}
+
+
 CASES: list[tuple[str, list[Any], list[Any]]] = [
     ("int", [1, 0], [True, 1.0, "1", None, [1], {"a": 1}]),
     ("float", [1, 1.5, 1e-5], [True, "1e-5", None, [1.0]]),
@@ -120,8 +123,9 @@ CASES: list[tuple[str, list[Any], list[Any]]] = [
     ("Any", [1, "a", None, [], {}], []),
     ("NeverHeardOfIt", [1, "a", None], []),
     ("Annotated[int, 'unit']", [1], ["1"]),
-    ("Engine", [{"_target_": "PACKAGE.parts.Engine"}, {"_target_": "PACKAGE.parts.Turbo"}, {"_target_": "PACKAGE.parts.build"}, {"_target_": "math.sqrt"}], [{"_target_": "PACKAGE.parts.Wheel"}, {"_target_": "PACKAGE.parts.Engine", "_partial_": True}, 3, "x", None, {"width": 3}]),
-    ("Drives", [{"_target_": "PACKAGE.parts.Wheel"}], [3, "x", {"a": 1}]),
+    ("Engine", [made("Engine"), made("Turbo"), made("build"), {"_target_": "math.sqrt"}],
+     [made("Wheel"), made("Engine", _partial_=True), 3, "x", None, {"width": 3}]),
+    ("Drives", [made("Wheel")], [3, "x", {"a": 1}]),
     ("Color", ["red"], [3, 1.5]),
 ]  # fmt: skip
 

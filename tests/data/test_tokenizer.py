@@ -159,9 +159,10 @@ class TestPadToken:
 
     def test_a_closing_token_is_not_usable_even_if_it_is_not_eos(self, tmp_path):
         tokenizer = sample.qwen3_like()
-        tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
-        with pytest.raises(UserError, match=r"set backbone\.tokenizer\.pad_token"):
-            self.build(tokenizer, tmp_path)  # neither EOS nor <|im_end|> will do
+        for pad in ("<|endoftext|>", "<|im_end|>"):
+            tokenizer.eos_token, tokenizer.pad_token = "<|endoftext|>", pad
+            with pytest.raises(UserError, match=r"set backbone\.tokenizer\.pad_token"):
+                self.build(tokenizer, tmp_path)
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|im_end|>"
         assert self.build(tokenizer, tmp_path).pad_token == "<|endoftext|>"
 

@@ -57,8 +57,8 @@ def fit(module: RegressionModule, data: GroupDataModule, **options: Any) -> pl.T
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        max_steps=data.total_steps, check_val_every_n_epoch=None, val_check_interval=10**6,
-        **{"devices": 1, "limit_val_batches": 0} | options,
+        max_steps=data.total_steps, check_val_every_n_epoch=None,
+        **{"devices": 1, "limit_val_batches": 0, "val_check_interval": 1} | options,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     return trainer
@@ -242,6 +242,18 @@ def test_bf16_weights_are_cast_once_a_step_and_the_head_stays_fp32(tmp_path: Pat
     assert torch.allclose(module.model.head.weight.grad, expected / known, rtol=1e-5, atol=1e-6)
 
 
+def test_recomputed_layers_have_the_same_gradients_under_bf16(tmp_path: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        data, tokenizer, chat = make_data(tmp_path, tokens=150)
+        module = make_module(tokenizer, chat)
+        if checkpointing:
+            module.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        fit(module, data, precision="bf16-mixed")
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+    assert relative(*gradients) <= 1e-6
+
+
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_non_finite_step_is_not_applied(tmp_path: Path, poison: str) -> None:
     data, tokenizer, chat = make_data(tmp_path, tokens=150, max_steps=3)
@@ -273,7 +285,7 @@ def test_validation_is_one_mean_over_the_split(tmp_path: Path) -> None:
     for tokens in (1, 100_000):
         data, tokenizer, chat = make_data(tmp_path, tokens)
         module = make_module(tokenizer, chat, optimizer=partial(torch.optim.SGD, lr=0.0))
-        trainer = fit(module, data, limit_val_batches=1.0, val_check_interval=1)
+        trainer = fit(module, data, limit_val_batches=1.0)
         figures.append({k: float(v) for k, v in trainer.callback_metrics.items()})
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     batch = pack([data.validation[i] for i in range(len(data.validation))])

@@ -1,0 +1,1 @@
+"""Speed of one reward-model training step, against TRL's RewardTrainer."""
