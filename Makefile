@@ -44,5 +44,5 @@ format: install ## rewrite the sources the way `make lint` wants them
 	$(BIN)/ruff format .
 
 clean: ## remove what was built, keep .venv and outputs
-	rm -rf build dist .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .cache .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -38,7 +38,7 @@ class AttributeWeights:
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in self.values.values()):
-            raise UserError(f"weights {self.name!r}: every weight must be finite, got {self.values}")
+            raise UserError(f"weights {self.name!r}: not every weight is finite: {self.values}")
         if not any(self.values.values()):
             raise UserError(f"weights {self.name!r}: every weight is 0, so every reward would be 0")
 

@@ -40,7 +40,7 @@ class Problem:
     def __str__(self) -> str:
         """Render as ``file:line: field: message``, the form editors can jump to."""
         place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.field}: {self.message}" if self.field else f"{place}: {self.message}"
+        return ": ".join(filter(None, [place, self.field, self.message]))
 
 
 class DataError(UserError):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from helpsteer2.attributes import AttributeWeights
+from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, AttributeWeights
 from helpsteer2.data.groups import Group, GroupSource, Report
 from helpsteer2.data.sources.folds import fold_of
 from helpsteer2.data.sources.helpsteer import HelpSteer2
@@ -36,7 +36,7 @@ from helpsteer2.rewards.scorer import RewardScorer
 SPLITS = ("train", "validation")
 WEIGHTINGS = (
     AttributeWeights("helpfulness_only", {"helpfulness": 1.0}),
-    AttributeWeights("helpsteer2_rlhf", {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}),
+    AttributeWeights("uniform", dict.fromkeys(HELPSTEER2_ATTRIBUTES, 1.0)),
 )
 RESULT = Path(__file__).parent / "results" / "slice_folds.json"
 
@@ -103,8 +103,7 @@ def headline(attributes: dict[str, Any]) -> dict[str, Any]:
         rows[name] = {
             "pair_accuracy": model["pairs"]["accuracy"],
             "pair_accuracy_length_only": length["pairs"]["accuracy"],
-            "pair_accuracy_gain_over_length": figures["differences"]["pair_accuracy_gain_over_length"],
-            "mse_gain_over_mean": figures["differences"]["mse_gain_over_mean"],
+            **figures["differences"],
         }
     return rows
 

@@ -44,15 +44,13 @@ class Cadence:
             if value is not None and value < 1:
                 raise UserError(f"schedule.{name} must be at least 1, got {value}")
 
-    def validates(self, step: int, total_steps: int) -> bool:
+    def validates(self, step: int, final: bool) -> bool:
         """Whether validation runs after ``step`` optimizer steps."""
-        if self.validate_every is None:
-            return False
-        return step % self.validate_every == 0 or step == total_steps
+        return self.validate_every is not None and (final or step % self.validate_every == 0)
 
-    def saves(self, step: int, total_steps: int) -> bool:
+    def saves(self, step: int, final: bool) -> bool:
         """Whether ``last.ckpt`` is written after ``step`` optimizer steps."""
-        return step % self.checkpoint_every == 0 or step == total_steps
+        return final or step % self.checkpoint_every == 0
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -182,8 +180,7 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
         """Save, unless a validation comes first."""
-        due = self.cadence.validates(trainer.global_step, trainer.max_steps)
-        due = due and bool(trainer.enable_validation)
+        due = self.cadence.validates(trainer.global_step, _is_final(trainer))
         self._set_validation(trainer, due)
         if not due:
             self._save_last(trainer)
@@ -221,7 +218,7 @@ class Checkpoints(Checkpoint):
             StopRequested: If a signal asked for it; everything is saved.
         """
         stop = self.stop.agreed(trainer)
-        if stop is not None or self.cadence.saves(trainer.global_step, trainer.max_steps):
+        if stop is not None or self.cadence.saves(trainer.global_step, _is_final(trainer)):
             trainer.save_checkpoint(self.folder / LAST)
             if trainer.is_global_zero and (self.folder / NEXT_BEST).exists():
                 self._promote()
@@ -230,6 +227,11 @@ class Checkpoints(Checkpoint):
 
     def _promote(self) -> None:
         os.replace(self.folder / NEXT_BEST, self.folder / BEST)
+
+
+def _is_final(trainer: pl.Trainer) -> bool:
+    """Whether this step is the last: planned so, or another callback ends the run."""
+    return trainer.global_step == trainer.max_steps or trainer.should_stop
 
 
 def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:

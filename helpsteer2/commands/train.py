@@ -50,16 +50,13 @@ from helpsteer2.modules.step import StepModule
 logger = logging.getLogger(__name__)
 
 SET_ELSEWHERE = {
-    "max_steps": "batching.max_steps",
-    "max_epochs": "batching.epochs",
-    "limit_train_batches": "batching.max_steps",
-    "fast_dev_run": "batching.max_steps=1",
+    "max_steps": "batching.max_steps", "max_epochs": "batching.epochs",
+    "limit_train_batches": "batching.max_steps", "fast_dev_run": "batching.max_steps=1",
     "val_check_interval": "schedule.validate_every",
     "check_val_every_n_epoch": "schedule.validate_every",
     "gradient_clip_val": "module.gradient_clip",
-    "accumulate_grad_batches": "batching.tokens_per_microbatch",
-    "logger": "logger",
-}
+    "accumulate_grad_batches": "batching.tokens_per_microbatch", "logger": "logger",
+}  # fmt: skip
 """Arguments of the Trainer that this project sets from elsewhere."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -70,7 +67,6 @@ class ModuleFactory(Protocol):
 
     def __call__(self, model: RewardModel) -> StepModule:
         """Wrap the model."""
-        ...
 
 
 def train(
@@ -177,13 +173,15 @@ class _Run:
             stack.callback(_clean_up)
             stop = stack.enter_context(StopSignals())
             try:
-                if _rank() == 0:
+                trainer = self._trainer()
+                if trainer.is_global_zero:
                     stack.enter_context(self.folder.locked())
                     stack.enter_context(self.folder.logging(self.console))
-                return self._execute(stop, started)
+                return self._execute(trainer, stop, started)
             except StopRequested as stopped:
                 finish_wandb(1)
-                logger.info("%s: the same command goes on from here", stopped)
+                again = f"the same command with run_dir={self.folder.path} goes on from here"
+                logger.info("%s: %s", stopped, again)
                 raise SystemExit(128 + stopped.signal) from None
             except torch.OutOfMemoryError as error:
                 raise UserError(
@@ -196,8 +194,7 @@ class _Run:
                     raise
                 raise UserError(f"cannot write ({error}); saved checkpoints are intact") from error
 
-    def _execute(self, stop: StopSignals, started: float) -> float | None:
-        trainer = self._trainer()
+    def _execute(self, trainer: pl.Trainer, stop: StopSignals, started: float) -> float | None:
         if trainer.world_size > 1:
             trainer.strategy.setup_environment()
             # Each rank resolved ${now:} for itself.
@@ -229,6 +226,8 @@ class _Run:
         for name, place in SET_ELSEWHERE.items():
             if given.get(name) not in (None, False):
                 raise UserError(f"trainer.{name} is set by this project: use {place}")
+        for name in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         trainer = self.make_trainer(
             logger=False,
             enable_checkpointing=False,
@@ -243,12 +242,21 @@ class _Run:
             default_root_dir=str(self.folder.path),
             plugins=[*(given.get("plugins") or []), AtomicCheckpointIO()],
         )
-        if trainer.precision not in ("32-true", "bf16-mixed"):
+        # On the CPU Lightning makes bf16-mixed of 16-mixed without asking.
+        asked = str(given.get("precision", trainer.precision))
+        if trainer.precision not in ("32-true", "bf16-mixed") or asked.startswith("16"):
             raise UserError(
-                f"trainer.precision={trainer.precision} keeps no fp32 weights or needs loss "
+                f"trainer.precision={asked} keeps no fp32 weights or needs loss "
                 "scaling: use 32-true or bf16-mixed"
             )
-        if trainer.world_size > 1 and trainer.strategy.launcher is not None:
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != trainer.world_size and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise UserError(
+                f"torchrun started {started} processes for {trainer.world_size} devices: set "
+                "trainer.devices (and num_nodes) to match, and trainer.strategy=ddp"
+            )
+        ranks = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.world_size > 1 and not (ranks and ranks.creates_processes_externally):
             raise UserError(
                 f"{trainer.world_size} devices need one process each: start them with torchrun "
                 f"--nproc-per-node={trainer.num_devices} -m helpsteer2 train …, or with srun"
@@ -340,22 +348,21 @@ class _Run:
         started: float,
     ) -> float | None:
         """Export, record, and tell; rank zero only."""
-        use_best = self.schedule.export == "best" and checkpoints.best_step is not None
-        if use_best:
+        exported_step = trainer.global_step
+        metrics = {**self.metrics_log.latest, **checkpoints.last_metrics}
+        if self.schedule.export == "best" and checkpoints.best_step is not None:
+            exported_step = checkpoints.best_step
+            metrics.update(checkpoints.best_metrics)
             best = read_checkpoint(self.folder.checkpoints / BEST)
             module.load_state_dict(best["state_dict"])
         module.model.save_pretrained(self.folder.export, data.tokenizer)
-        metrics = {
-            **self.metrics_log.latest,
-            **(checkpoints.best_metrics if use_best else checkpoints.last_metrics),
-        }
         value = None
         if self.optimized_metric is not None:
             value = require_metric(self.optimized_metric, metrics)
         result = result_of(
             metrics=metrics,
             step=trainer.global_step,
-            exported_step=checkpoints.best_step if use_best else trainer.global_step,
+            exported_step=exported_step,
             last_validation=checkpoints.last_metrics,
             optimized=(self.optimized_metric, value),
             fingerprints=data.fingerprints(),
@@ -371,12 +378,6 @@ class _Run:
         finish_wandb(0)
         print_summary(self.console, self.folder, result, self.attributes)
         return value
-
-
-def _rank() -> int:
-    """Rank of this process, before there is a Trainer that knows it."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 @contextmanager

@@ -92,9 +92,8 @@ class PackedGroups(Dataset[PackedBatch]):
     def __init__(
         self, groups: TokenisedGroups, tokens_per_batch: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        batches = [
-            MicroBatch(tuple(members)) for members in consecutive_bins(groups.lengths, tokens_per_batch)
-        ]
+        bins = consecutive_bins(groups.lengths, tokens_per_batch)
+        batches = [MicroBatch(tuple(members)) for members in bins]
         while len(batches) % world_size:
             batches.append(MicroBatch((0,), counted=False))
         self._groups, self._batches = groups, batches[rank::world_size]

@@ -81,6 +81,7 @@ def read_all(source: GroupSource, split: str) -> Iterator[Group]:
         empty = False
         yield group
     if empty and not problems:
-        problems.append(Problem(str(getattr(source, "path", source)), None, None, f"no rows in {split!r}"))
+        place = str(getattr(source, "path", source))
+        problems.append(Problem(place, None, None, f"no rows in {split!r}"))
     if problems:
         raise DataError(problems)

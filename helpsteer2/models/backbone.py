@@ -64,7 +64,7 @@ class Backbone:
             The decoder without LM head, in train mode, dropout 0.
 
         Raises:
-            UserError: If the model cannot be found, cannot be packed, or does not fit the tokenizer.
+            UserError: If the model cannot be found or packed, or does not fit the tokenizer.
         """
         from transformers import AutoModel
 
@@ -156,8 +156,8 @@ class Backbone:
         needed = len(tokenizer)
         if needed > rows:
             raise UserError(
-                f"the tokenizer has {needed} tokens, the backbone embeds {rows}: they do not belong "
-                "together"
+                f"the tokenizer has {needed} tokens, the backbone embeds {rows}: they do not "
+                "belong together"
             )
 
 

@@ -14,7 +14,7 @@ from helpsteer2.data.packing import PackedBatch
 from helpsteer2.errors import UserError
 from helpsteer2.functional import statistics
 from helpsteer2.losses.regression import RegressionLoss
-from helpsteer2.modules.step import OptimizerFactory, StepModule
+from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
 
 if TYPE_CHECKING:
     from helpsteer2.models.reward import RewardModel
@@ -28,6 +28,7 @@ class RegressionModule(StepModule):
         loss: The loss, given by the config without names; it is bound to the model's here.
         optimizer: Makes the optimizer from parameter groups.
         warmup_steps: Step s (0-based) runs at ``lr · min(1, (s + 1) / warmup_steps)``.
+        decay: The learning rate after the warm-up: ``constant`` as in the paper, or ``linear`` to 0.
         gradient_clip: Largest gradient norm; None does not clip.
 
     Raises:
@@ -43,10 +44,15 @@ class RegressionModule(StepModule):
         loss: RegressionLoss,
         optimizer: OptimizerFactory,
         warmup_steps: int = 10,
+        decay: Decay = "constant",
         gradient_clip: float | None = 1.0,
     ) -> None:
         super().__init__(
-            model, optimizer=optimizer, warmup_steps=warmup_steps, gradient_clip=gradient_clip
+            model,
+            optimizer=optimizer,
+            warmup_steps=warmup_steps,
+            decay=decay,
+            gradient_clip=gradient_clip,
         )
         self.attribute_names = tuple(model.spec.attribute_names)
         self.loss = loss.bind(self.attribute_names)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from helpsteer2.models.reward import RewardModel
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+Decay = Literal["constant", "linear"]
 
 
 class NonFiniteError(UserError):
@@ -71,17 +72,20 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def warmup_factor(step: int, warmup_steps: int) -> float:
-    """Share of the learning rate at a step: linear warm-up, then constant.
+def rate_factor(step: int, warmup_steps: int, decay: Decay, total_steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then constant or decaying.
 
     Args:
         step: 0-based optimizer step.
         warmup_steps: Steps until the full rate; 0 and 1 start with it.
+        decay: ``constant`` after the warm-up, or ``linear`` towards 0 after the last step.
+        total_steps: Steps of the run.
 
     Returns:
-        ``min(1, (step + 1) / warmup_steps)``.
+        ``min(1, (step + 1) / warmup_steps)``, times ``1 − step / total_steps`` if it decays.
     """
-    return min(1.0, (step + 1) / max(warmup_steps, 1))
+    factor = min(1.0, (step + 1) / max(warmup_steps, 1))
+    return factor if decay == "constant" else factor * max(0.0, 1.0 - step / total_steps)
 
 
 @contextlib.contextmanager
@@ -113,6 +117,7 @@ class StepModule(pl.LightningModule):
         model: What is trained and exported.
         optimizer: Makes the optimizer from parameter groups.
         warmup_steps: Step s (0-based) runs at ``lr · min(1, (s + 1) / warmup_steps)``.
+        decay: What the learning rate does after that: ``constant``, or ``linear`` to 0 at the end.
         gradient_clip: Largest gradient norm, over all parameters together; None does not clip.
     """
 
@@ -125,6 +130,7 @@ class StepModule(pl.LightningModule):
         *,
         optimizer: OptimizerFactory,
         warmup_steps: int,
+        decay: Decay,
         gradient_clip: float | None,
     ) -> None:
         super().__init__()
@@ -132,6 +138,7 @@ class StepModule(pl.LightningModule):
         self.automatic_optimization = False
         self.make_optimizer = optimizer
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
         self.gradient_clip = gradient_clip
         self.groups_seen = 0
         self.tokens_seen = 0
@@ -151,8 +158,8 @@ class StepModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer over two parameter groups, and the warm-up."""
         optimizer = self.make_optimizer(decay_groups(self))
-        warmup_steps = self.warmup_steps
-        schedule = LambdaLR(optimizer, lambda step: warmup_factor(step, warmup_steps))
+        warmup_steps, decay, total = self.warmup_steps, self.decay, self.trainer.max_steps
+        schedule = LambdaLR(optimizer, lambda step: rate_factor(step, warmup_steps, decay, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:

@@ -46,5 +46,5 @@ def test_without_labels_keeps_the_tokens() -> None:
 
 def test_empty_segments_are_refused() -> None:
     for bad in ([group(0, [], [1])], [group(0, [1], [])], [group(0, [1])], []):
-        with pytest.raises(ValueError, match="empty|no response|at least one"):
+        with pytest.raises(ValueError, match=r"empty|no response|at least one"):
             pack(bad)

@@ -78,9 +78,7 @@ def test_responses_cannot_see_each_other(decoder: str) -> None:
     before = last_states_packed(model, pack(groups))
     changed = list(groups[0].response_ids)
     changed[1] = (changed[1] % 90 + 3).astype(np.int32)
-    groups[0] = type(groups[0])(
-        groups[0].prompt_ids, tuple(changed), groups[0].attributes, 0.0, 0
-    )
+    groups[0] = type(groups[0])(groups[0].prompt_ids, tuple(changed), groups[0].attributes, 0.0, 0)
     after = last_states_packed(model, pack(groups))
     others = [0, 2, 3, 4]
     assert torch.equal(before[others], after[others])

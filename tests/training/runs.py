@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -198,6 +199,26 @@ def run(run_dir: Path, options: dict[str, Any]) -> int:
 def start(run_dir: Path, **options: Any) -> Child:
     """Train in a child; its output goes beside the run's folder."""
     return Child(run, run_dir.with_suffix(".out"), run_dir, options)
+
+
+def start_ranks(target: Callable[..., Any], folder: Path, *args: Any) -> list[Child]:
+    """Start a function on two ranks, with the environment that torchrun gives."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    return [
+        Child(
+            target,
+            folder / f"rank{rank}.out",
+            *args,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
 
 
 def slow_down(seconds: float) -> None:

@@ -25,10 +25,10 @@ from tests.training.test_resume import assert_same_run
 
 def test_cadence() -> None:
     cadence = Cadence(validate_every=5, checkpoint_every=3)
-    assert [s for s in range(1, 13) if cadence.validates(s, 12)] == [5, 10, 12]
-    assert [s for s in range(1, 12) if cadence.saves(s, 11)] == [3, 6, 9, 11]
+    assert [s for s in range(1, 13) if cadence.validates(s, s == 12)] == [5, 10, 12]
+    assert [s for s in range(1, 12) if cadence.saves(s, s == 11)] == [3, 6, 9, 11]
     never = Cadence(validate_every=None)
-    assert not any(never.validates(s, 12) for s in range(1, 13))
+    assert not any(never.validates(s, s == 12) for s in range(1, 13))
     with pytest.raises(UserError, match="checkpoint_every"):
         Cadence(checkpoint_every=0)
 
@@ -50,9 +50,7 @@ def _save_on_a_full_disk(path: Path, limit: int) -> int:
     try:
         AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(200_000)}, path)
     except UserError as error:
-        # The output file is limited too, and long enough by now.
-        print(error)
-        return 0
+        return 0 if "intact" in str(error) else 2
     return 1
 
 
@@ -82,8 +80,8 @@ def test_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "last.ckpt")
 
 
-def _run_until_rename(run_dir: Path, options: dict[str, Any], rename: int, before: bool) -> int:
-    """Train, and kill the process just before or after its n-th rename of a checkpoint."""
+def _run_until_rename(run_dir: Path, options: dict[str, Any], rename: int) -> int:
+    """Train, and kill the process just after its n-th rename of a checkpoint."""
     real = os.replace
     seen = 0
 
@@ -91,8 +89,6 @@ def _run_until_rename(run_dir: Path, options: dict[str, Any], rename: int, befor
         nonlocal seen
         mine = str(target).endswith(".ckpt")
         seen += mine
-        if mine and seen == rename and before:
-            os.kill(os.getpid(), signal.SIGKILL)
         real(source, target)
         if mine and seen == rename:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -102,15 +98,14 @@ def _run_until_rename(run_dir: Path, options: dict[str, Any], rename: int, befor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False])
-def test_killed_at_every_rename(tmp_path: Path, before: bool) -> None:
+def test_killed_at_every_rename(tmp_path: Path) -> None:
     options = {"max_steps": 4, "validate_every": 2, "checkpoint_every": 4}
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     Child(run, tmp_path / "whole.out", whole, options).join()
     # best.next at 2, best.next and last and best at 4.
     for rename in range(1, 5):
         shutil.rmtree(run_dir, ignore_errors=True)
-        child = Child(_run_until_rename, tmp_path / "killed.out", run_dir, options, rename, before)
+        child = Child(_run_until_rename, tmp_path / "killed.out", run_dir, options, rename)
         child.process.join(100)
         assert child.process.exitcode == -signal.SIGKILL, child.text
         Child(run, tmp_path / "again.out", run_dir, options).join()

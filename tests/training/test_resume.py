@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from helpsteer2.callbacks.checkpoints import BEST, LAST, read_checkpoint
-from tests.training.runs import Child, run, start
+from helpsteer2.commands.train import train
+from helpsteer2.errors import UserError
+from tests.training.runs import Child, arguments, run, start
 
 pytestmark = pytest.mark.slow
 
@@ -97,9 +99,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_run(run_dir, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_the_step_and_exits(
     run_dir: Path, uninterrupted: Path, number: int, code: int
 ) -> None:
@@ -107,7 +107,7 @@ def test_signal_saves_the_step_and_exits(
     child.wait_for(lambda: rows(run_dir) >= 10)
     child.signal(number)
     text = child.join(code)
-    assert "the same command" in text
+    assert f"run_dir={run_dir} goes on" in text
     assert "Traceback" not in text
     saved = step_of_last(run_dir)
     assert 0 < saved < 12
@@ -142,37 +142,47 @@ def test_second_process_is_refused_and_the_first_goes_on(
     assert_same_run(run_dir, uninterrupted)
 
 
-def test_finished_run_tells_what_it_recorded(uninterrupted: Path) -> None:
+def test_finished_run_tells_what_it_recorded(uninterrupted: Path, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.*") if "run." not in p.name}
-    text = Child(run, uninterrupted.with_suffix(".again"), uninterrupted, {}).join()
+    value = train(**arguments(uninterrupted))
     recorded = json.loads((uninterrupted / "result.json").read_text())
-    assert "finished" in text
-    assert f"value {recorded['metrics']['val/loss']}" in text
+    assert "is finished" in capsys.readouterr().out
+    assert value == recorded["metrics"]["val/loss"]
     assert all(p.stat().st_mtime_ns == before[p] for p in before)
 
 
 def test_other_settings_are_refused_by_name(uninterrupted: Path) -> None:
-    child = Child(run, uninterrupted.with_suffix(".other"), uninterrupted, {"lr": 1.0, "seed": 5})
-    text = child.join(1)
-    assert "module.optimizer.lr: 0.003 there, 1.0 now" in text
-    assert "seed: 1 there, 5 now" in text
+    with pytest.raises(UserError) as caught:
+        train(**arguments(uninterrupted, lr=1.0, seed=5))
+    assert "module.optimizer.lr: 0.003 there, 1.0 now" in str(caught.value)
+    assert "seed: 1 there, 5 now" in str(caught.value)
+    assert (uninterrupted / "result.json").exists()
 
 
 def test_other_data_and_fewer_steps_are_refused(run_dir: Path, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, run_dir)
     (run_dir / "result.json").unlink()
-    out = run_dir.parent
-    assert "train" in Child(run, out / "data", run_dir, {"data_seed": 3}).join(1)
-    text = Child(run, out / "fewer", run_dir, {"max_steps": 7}).join(1)
-    assert "already at step 12, 7 were asked for" in text
+    with pytest.raises(UserError, match=r"other data: .*train"):
+        train(**arguments(run_dir, data_seed=3))
+    with pytest.raises(UserError, match="already at step 12, 7 were asked for"):
+        train(**arguments(run_dir, max_steps=7))
 
 
-def test_finished_run_can_be_extended(run_dir: Path, uninterrupted: Path) -> None:
-    start(run_dir, max_steps=7).join()
-    child = Child(run, run_dir.parent / "more", run_dir, {"max_steps": 12})
-    assert "resuming after step 7 of 12" in child.join()
+def test_finished_run_can_be_extended(run_dir: Path, uninterrupted: Path, capsys) -> None:
+    train(**arguments(run_dir, max_steps=7))
+    train(**arguments(run_dir, max_steps=12))
+    assert "resuming after step 7 of 12" in capsys.readouterr().out
     ours, theirs = (read_checkpoint(d / "checkpoints" / LAST) for d in (run_dir, uninterrupted))
     assert_same(ours["state_dict"], theirs["state_dict"])
     assert_same(ours["optimizer_states"], theirs["optimizer_states"])
     steps = {line.split(",")[0] for line in (run_dir / "metrics.csv").read_text().splitlines()[1:]}
     assert steps == {str(step) for step in range(1, 13)}
+
+
+def test_finished_run_exports_anew_without_training(run_dir: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted, run_dir)
+    train(**arguments(run_dir, export="last"))
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["exported_step"] == 12
+    name = "metrics.csv"
+    assert (run_dir / name).read_bytes() == (uninterrupted / name).read_bytes()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from helpsteer2.data.tokenise import tokenise
 from helpsteer2.losses.regression import RegressionLoss
 from helpsteer2.models.reward import RewardModel, RewardSpec
 from helpsteer2.modules.regression import RegressionModule
-from helpsteer2.modules.step import NonFiniteError, decay_groups, warmup_factor
-from tests.training.runs import NAMES, Child, ToyGroups, backbone
+from helpsteer2.modules.step import NonFiniteError, decay_groups, rate_factor
+from tests.training.runs import NAMES, ToyGroups, backbone, start_ranks
 
 LIMITS = LengthLimits(64, 128)
 
@@ -77,24 +75,6 @@ def rank_gradient(cache: Path, path: Path, tokens: int) -> None:
         torch.save(gradient, path)
 
 
-def in_ranks(target: Callable[..., Any], folder: Path, *args: Any) -> None:
-    """Run something on two ranks, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        Child(
-            target, folder / f"rank{rank}.out", *args,
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        rank.join()
-
-
 def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     difference = sum((a[name] - b[name]).double().square().sum() for name in a)
@@ -113,7 +93,8 @@ def test_step_gradient_does_not_depend_on_the_micro_batches(tmp_path: Path) -> N
 @pytest.mark.parametrize("tokens", [1, 400])
 def test_step_gradient_does_not_depend_on_the_ranks(tmp_path: Path, tokens: int) -> None:
     whole = step_gradient(tmp_path, tokens=100_000)
-    in_ranks(rank_gradient, tmp_path, tmp_path, tmp_path / "gradient.pt", tokens)
+    for rank in start_ranks(rank_gradient, tmp_path, tmp_path, tmp_path / "gradient.pt", tokens):
+        rank.join()
     assert relative(torch.load(tmp_path / "gradient.pt"), whole) <= 1e-5
 
 
@@ -142,9 +123,14 @@ def test_one_global_step_a_step_whatever_the_micro_batches(tmp_path: Path) -> No
 
 
 def test_warmup_is_linear_then_constant() -> None:
-    assert [warmup_factor(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [warmup_factor(step, 0) for step in range(2)] == [1, 1]
-    assert [warmup_factor(step, 1) for step in range(2)] == [1, 1]
+    assert [rate_factor(s, 4, "constant", 6) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [rate_factor(s, 0, "constant", 2) for s in range(2)] == [1, 1]
+    assert [rate_factor(s, 1, "constant", 2) for s in range(2)] == [1, 1]
+
+
+def test_linear_decay_reaches_zero_after_the_last_step() -> None:
+    assert [rate_factor(s, 0, "linear", 4) for s in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert rate_factor(0, 2, "linear", 4) == 0.5
 
 
 def test_each_step_runs_at_its_warmup_rate(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -43,7 +44,7 @@ def test_a_run_leaves_its_record_and_a_model(tmp_path: Path, capsys) -> None:
 
 def test_best_or_last_weights_are_exported(tmp_path: Path) -> None:
     # A rate that soon overshoots: the last validation is not the best.
-    options: dict[str, Any] = {"max_steps": 9, "validate_every": 3, "lr": 0.5}
+    options: dict[str, Any] = {"max_steps": 6, "validate_every": 1, "lr": 0.5}
     exported = {}
     for export in ("best", "last"):
         train(**arguments(tmp_path / export, export=export, **options))
@@ -56,11 +57,11 @@ def test_best_or_last_weights_are_exported(tmp_path: Path) -> None:
         if ",val/loss," in line
     }
     best = min(losses, key=lambda step: losses[step])
-    assert best != 9
+    assert best != 6
     assert exported["best"][0]["exported_step"] == best
     assert exported["best"][0]["metrics"]["val/loss"] == pytest.approx(losses[best])
-    assert exported["last"][0]["exported_step"] == 9
-    assert exported["last"][0]["metrics"]["val/loss"] == pytest.approx(losses[9])
+    assert exported["last"][0]["exported_step"] == 6
+    assert exported["last"][0]["metrics"]["val/loss"] == pytest.approx(losses[6])
     last = read_checkpoint(tmp_path / "last/checkpoints" / LAST)["state_dict"]
     assert torch.equal(exported["last"][1], last["model.head.weight"])
     assert not torch.equal(exported["best"][1], exported["last"][1])
@@ -98,7 +99,7 @@ def test_nan_loss_stops_the_run_and_keeps_the_batch(tmp_path: Path, monkeypatch)
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
     with safe_open(file, "pt") as kept:
         groups = json.loads(kept.metadata()["group_indices"])
-        assert len(sum(groups, [])) == 6
+        assert sum(map(len, groups)) == 6
         assert kept.get_tensor("0.input_ids").dtype == torch.int64
     assert not (tmp_path / "run/result.json").exists()
 
@@ -125,6 +126,18 @@ def test_full_disk_while_saving_keeps_the_old_checkpoint(tmp_path: Path, monkeyp
     assert train(**arguments(tmp_path / "run", **options)) is not None
 
 
+def test_run_ended_by_a_callback_is_validated_and_saved_there(tmp_path: Path) -> None:
+    class Enough(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 4
+
+    value = train(**arguments(tmp_path / "run", trainer={"callbacks": [Enough()]}))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["steps"] == 4
+    assert read_checkpoint(tmp_path / "run/checkpoints" / LAST)["global_step"] == 4
+    assert value == result["last_validation"]["val/loss"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_run_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -134,7 +147,7 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
 
 def test_run_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("in the way")
-    with pytest.raises(UserError, match="run_dir=.*cannot be written"):
+    with pytest.raises(UserError, match=r"run_dir=.*cannot be written"):
         train(**arguments(tmp_path / "run"))
 
 
@@ -174,7 +187,7 @@ def test_full_memory_says_what_to_lower(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_wandb_out_of_reach_changes_nothing(tmp_path: Path, monkeypatch) -> None:
-    import wandb
+    wandb = pytest.importorskip("wandb")
 
     def away(**options):
         raise wandb.errors.CommError("the server is away")
@@ -189,7 +202,7 @@ def test_wandb_out_of_reach_changes_nothing(tmp_path: Path, monkeypatch) -> None
 
 @pytest.mark.slow
 def test_wandb_without_a_key_is_offline_and_finished(tmp_path: Path, monkeypatch, capsys) -> None:
-    import wandb
+    wandb = pytest.importorskip("wandb")
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)

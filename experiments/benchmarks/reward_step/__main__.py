@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from experiments.benchmarks.reward_step.turns import Worker
 from helpsteer2.records import environment, write_json_atomic
 
 HERE = "experiments.benchmarks.reward_step"
+WIDTH = 120
+"""Of the output where it is no terminal."""
+
 OURS = "ours"
 MATMUL = "matmul"
 PEERS: dict[str, dict[str, Any]] = {
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     corpus = load_corpus(os.environ.get("HELPSTEER2_REAL_DATA"), Path(arguments.cache_dir))
     cases = []
     for size in arguments.size:
@@ -121,9 +127,7 @@ def _case(size: str, job: Job, arguments: argparse.Namespace, console: Console) 
         "model": {**job.size.config(), "linear_parameters": job.size.linear_parameters},
         "rounds": job.measured_steps,
         "groups_per_step": job.size.groups_per_step,
-        "matmul_flops_per_second": {
-            name: spread([rate[name] for rate in rates]) for name in RATES
-        },
+        "matmul_flops_per_second": {name: spread([rate[name] for rate in rates]) for name in RATES},
         "contenders": summarise(measured, rates, OURS),
     }
 
@@ -143,8 +147,7 @@ def _record(
     """What is written: enough to run it again and to judge it."""
     given = list(sys.argv[1:] if argv is None else argv)
     where = environment()
-    for package in ("trl", "accelerate"):
-        where["packages"].update(_version(package))
+    where["packages"].update({name: version(name) for name in ("trl", "accelerate")})
     return {
         "command": shlex.join(["python", "-m", HERE, *given]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -160,12 +163,6 @@ def _record(
         },
         "cases": cases,
     }
-
-
-def _version(package: str) -> dict[str, str]:
-    from importlib import metadata
-
-    return {package: metadata.version(package)}
 
 
 if __name__ == "__main__":

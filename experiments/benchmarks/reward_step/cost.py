@@ -55,7 +55,7 @@ class Size:
 
 
 SIZES = {
-    "XS": Size(hidden=32, intermediate=88, layers=2, heads=2, groups_per_step=8),
+    "XS": Size(hidden=32, intermediate=88, layers=2, heads=2, groups_per_step=16),
     "S": Size(hidden=256, intermediate=688, layers=4, heads=4, groups_per_step=32),
     "M": Size(hidden=512, intermediate=1376, layers=8, heads=8, groups_per_step=16),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from helpsteer2.modules.regression import RegressionModule
 
 def run(turns: Turns, job: Job) -> None:
     """Train, one step a turn."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     groups = job.groups()
     batching = Batching(
         job.size.groups_per_step, job.tokens_per_microbatch, max_steps=job.total_steps

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
@@ -16,6 +17,7 @@ from experiments.benchmarks.reward_step.cost import Tally
 from experiments.benchmarks.reward_step.job import LEARNING_RATE, SEED, Job
 from experiments.benchmarks.reward_step.turns import Turns
 from helpsteer2.data.tokens import TokenGroup
+
 
 @dataclass(frozen=True)
 class _Forward:
@@ -34,6 +36,8 @@ def run(turns: Turns, job: Job, grouped: bool, options: dict[str, Any]) -> None:
         grouped: Length-grouped order.
         options: Arguments of ``RewardConfig`` that are not TRL's defaults.
     """
+    disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # TRL still sets options that have new names
     groups = job.groups()
     order = job.grouped_order() if grouped else job.order()
     arguments = RewardConfig(

@@ -13,6 +13,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Turns:
         self._wait()
 
     def _wait(self) -> None:
-        self._connection.recv()
+        if self._connection.recv() == "stop":
+            raise SystemExit
         self._since = time.perf_counter()
 
 
@@ -99,7 +101,10 @@ class Worker:
 
     def close(self) -> None:
         """End the process, finished or not."""
-        self._process.terminate()
+        with suppress(OSError):  # it may be dead
+            self._connection.send("stop")
+        self._process.join(timeout=20)
+        self._process.kill()
         self._process.join()
         self._connection.close()
 

@@ -108,7 +108,7 @@ def _torch_varlen(
     elif window is None:
         options["is_causal"] = True
     else:
-        raise RuntimeError("this torch's varlen attention has no sliding window: install flash-attn")
+        raise RuntimeError("this torch's varlen attention has no window: install flash-attn")
     heads, key_heads = q.shape[1], k.shape[1]
     if heads != key_heads:
         if "enable_gqa" in accepted:

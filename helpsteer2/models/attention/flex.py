@@ -20,7 +20,7 @@ def mask_function(batch: PackedBatch, window: int | None) -> MaskFunction:
 
     Args:
         batch: The packed row.
-        window: A query sees keys whose position is less than ``window`` behind its own; None for all.
+        window: A query sees keys less than ``window`` positions behind its own; None for all.
 
     Returns:
         Function of (batch, head, query index, key index) to bool.

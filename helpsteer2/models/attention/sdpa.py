@@ -35,7 +35,7 @@ def attention(
         v: Values, like ``k``.
         layout: The segment table of the row.
         scale: Factor of the scores before the softmax.
-        window: A query sees keys whose position is less than ``window`` behind its own; None for all.
+        window: A query sees keys less than ``window`` positions behind its own; None for all.
 
     Returns:
         ``(1, T, H, D)``, of the dtype of ``q``.
