@@ -87,7 +87,7 @@ def train_fold(fold: int, folds: int, data: Path, out: Path, overrides: list[str
     command = [
         sys.executable, "-m", "helpsteer2", "train", "experiment=reward/local_slice", "data=folds",
         f"data.of.path={data}", f"data.folds={folds}", f"data.fold={fold}", f"run_dir={run_dir}",
-        "schedule.export=last", *overrides,
+        "schedule.validate_every=null", "optimized_metric=null", *overrides,
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with (out / f"fold_{fold}.log").open("w") as log:

@@ -105,7 +105,11 @@ def write_export(
         replace(spec, tokenizer_hash=tokenizer_hash(saved)).write(aside)
         size = sum(parameter.numel() for parameter in classifier.parameters())
         card = model_card(spec, type(classifier).__name__, size, adds_bos)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        readme = aside / "README.md"
+        readme.write_text(card, encoding="utf-8")
+        # safetensors makes its files private; models are shared like any other file.
+        for path in aside.glob("*.safetensors"):
+            path.chmod(readme.stat().st_mode)
 
 
 def _classifier(

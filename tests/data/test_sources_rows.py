@@ -67,7 +67,7 @@ def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:
 def test_empty_file_is_a_problem(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     if name.endswith(".gz"):
-        file.write_bytes(gzip.compress(b""))
+        file.write_bytes(gzip.compress(b"", mtime=0))
     elif name.endswith(".parquet"):
         pq.write_table(pa.table({"n": pa.array([], pa.int64())}), file)
     else:
@@ -93,7 +93,7 @@ def test_truncated_gzip_gives_its_rows_and_one_problem(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("train.jsonl.gz", b"this is no gzip"),
-        ("train.jsonl.gz", gzip.compress(lines_of(3))[:-8] + b"\0" * 8),
+        ("train.jsonl.gz", gzip.compress(lines_of(3), mtime=0)[:-8] + b"\0" * 8),
         pytest.param("train.parquet", b"this is no parquet", marks=needs_parquet),
     ],
 )
@@ -131,7 +131,7 @@ def test_three_kinds_of_files_give_the_same_rows(tmp_path: Path) -> None:
     values = [{"text": "é\n" * i, "rating": i if i % 2 else None} for i in range(200)]
     plain = "".join(json.dumps(v) + "\n" for v in values).encode()
     (tmp_path / "a.jsonl").write_bytes(plain)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain, mtime=0))
     pq.write_table(pa.Table.from_pylist(values), tmp_path / "a.parquet")
     expected = list(enumerate(values, start=1))
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path, kind: str) -> None:
     for n in (500, 10_000):
         file = tmp_path / f"{n}.{kind}"
         content = b'{"text": "%s"}\n' % (b"x" * 500) * n
-        file.write_bytes(gzip.compress(content, 1) if kind.endswith("gz") else content)
+        file.write_bytes(gzip.compress(content, 1, mtime=0) if kind.endswith("gz") else content)
         del content
         tracemalloc.start()
         assert sum(1 for _ in read_file(file, print)) == n
