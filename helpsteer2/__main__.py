@@ -21,7 +21,9 @@ BROKEN_PIPE = 141
 def usage() -> str:
     """The text of ``helpsteer2 --help``."""
     summaries = {name: command.summary for name, command in CONFIG_COMMANDS.items()}
-    lines = [f"  {name:<10}{text}" for name, text in {**summaries, **OTHER_COMMANDS}.items()]
+    summaries.update(OTHER_COMMANDS)
+    width = max(map(len, summaries)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in summaries.items()]
     return "\n".join(
         [
             "usage: helpsteer2 COMMAND [...]",

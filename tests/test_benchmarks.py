@@ -16,7 +16,7 @@ import torch
 
 from experiments.benchmarks.reward_step.cost import SIZES, Tally, packed_pairs, training_flops
 from experiments.benchmarks.reward_step.job import FINGERPRINT, Job, row_lengths
-from experiments.benchmarks.reward_step.summary import summarise
+from experiments.benchmarks.reward_step.summary import Heat, summarise
 from helpsteer2.data.packing import pack
 from helpsteer2.data.token_store import TokenWriter
 from helpsteer2.data.tokens import TokenGroup
@@ -88,9 +88,9 @@ def test_length_grouping_keeps_the_groups_and_saves_padding(tmp_path: Path) -> N
     assert padded(grouped[first:]) < 0.8 * padded(order[first:])
 
 
-def test_ratios_do_not_feel_the_drift_of_the_machine() -> None:
-    drift = [1.0, 3.0, 1.5, 0.5]
-    tokens = [1000, 1500, 500, 2000]
+def test_figures_do_not_feel_drifts_and_stalls_of_the_machine() -> None:
+    drift = [1.0, 3.0, 1.5, 0.5, 1.0]
+    tokens = [1000, 1500, 500, 2000, 700]
 
     def turns(speed: float) -> list[dict[str, Any]]:
         return [
@@ -108,19 +108,36 @@ def test_ratios_do_not_feel_the_drift_of_the_machine() -> None:
         ]
 
     rates = [{"square": 40_000 / slow, "layers": 20_000 / slow} for slow in drift]
-    figures = summarise({"ours": turns(2000.0), "peer": turns(500.0)}, rates, "ours")
+    figures = summarise(
+        [
+            Heat({"ours": turns(2000.0), "peer": turns(500.0)}, rates),
+            Heat({"ours": turns(2000.0), "other": turns(1000.0)}, rates),
+        ],
+        "ours",
+    )
+    assert figures["other"]["ours_is_faster"]["per_round"]["median"] == pytest.approx(2.0)
+    assert len(figures["ours"]["rounds"]["seconds"]) == 2 * len(tokens)
     faster = figures["peer"]["ours_is_faster"]
-    assert faster["same_groups"] == pytest.approx(4.0)
     assert faster["per_round"]["q1"] == pytest.approx(4.0)
     assert faster["per_round"]["q3"] == pytest.approx(4.0)
+    assert faster["medians"] == pytest.approx(4.0)
+    assert faster["total"] == pytest.approx(4.0)
+    mean_group = sum(tokens) / (4 * len(tokens))
+    assert figures["ours"]["groups_per_second"]["median"] == pytest.approx(2000 / mean_group)
     shares = figures["ours"]["share_of_matmul_rate"]
     assert shares["square"]["median"] == pytest.approx(0.5)
     assert shares["layers"]["median"] == pytest.approx(1.0)
 
+    stalled = turns(500.0)
+    stalled[1]["seconds"] *= 20
+    faster = summarise([Heat({"ours": turns(2000.0), "peer": stalled}, rates)], "ours")["peer"]
+    assert faster["ours_is_faster"]["per_round"]["median"] == pytest.approx(4.0)
+    assert faster["ours_is_faster"]["total"] > 8
+
     other = turns(500.0)
     other[0]["real_tokens"] += 1
     with pytest.raises(ValueError, match="different groups"):
-        summarise({"ours": turns(2000.0), "peer": other}, rates, "ours")
+        summarise([Heat({"ours": turns(2000.0), "peer": other}, rates)], "ours")
 
 
 def run_benchmark(name: str, output: Path, *options: str) -> dict[str, Any]:
@@ -141,16 +158,16 @@ def test_reward_step_runs(tmp_path: Path) -> None:
         "reward_step",
         tmp_path / "record.json",
         *"--size XS --dtype fp32 --rounds 2 --warmup 1 --threads 1".split(),
-        *"--peers trl_defaults trl_grouped_4".split(),
+        *"--peers trl_grouped_4".split(),
     )
     (case,) = record["cases"]
-    assert set(case["contenders"]) == {"ours", "trl_defaults", "trl_grouped_4"}
+    assert set(case["contenders"]) == {"ours", "trl_grouped_4"}
     for figures in case["contenders"].values():
-        assert len(figures["seconds"]) == 2
-        assert figures["groups_per_second"]["over_all"] > 0
+        assert len(figures["rounds"]["seconds"]) == 2
+        assert figures["groups_per_second"]["median"] > 0
         assert figures["peak_mib"] is None or figures["peak_mib"] > 0  # None: not Linux
     assert case["contenders"]["ours"]["padding_share"] == 0
-    assert case["contenders"]["trl_defaults"]["padding_share"] > 0
+    assert case["contenders"]["trl_grouped_4"]["padding_share"] > 0
     assert {"torch", "trl", "transformers"} <= set(record["environment"]["packages"])
     assert record["command"].startswith("python -m experiments.benchmarks.reward_step")
 

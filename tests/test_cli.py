@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helpsteer2 import __main__ as cli
-from helpsteer2.commands import CONFIG_COMMANDS, completion
+from helpsteer2.commands import CONFIG_COMMANDS, OTHER_COMMANDS, completion
 from helpsteer2.commands.launch import launch
 from helpsteer2.config.command import ConfigCommand
 from helpsteer2.errors import ConfigError, UserError
@@ -58,9 +58,11 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_help_is_quick_and_names_every_command() -> None:
     done, seconds = run("--help")
     assert done.returncode == 0
-    assert all(
-        f"  {name}" in done.stdout for name in ("train", "evaluate", "check", "score", "data")
-    )
+    table = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert dict(table) == {
+        **{name: command.summary for name, command in CONFIG_COMMANDS.items()},
+        **OTHER_COMMANDS,
+    }
     assert seconds < 1 * NOISE
 
 
@@ -183,6 +185,14 @@ def test_completion_can_be_installed(
     assert capsys.readouterr().out.endswith("-F hydra_bash_completion helpsteer2\n")
 
 
+@pytest.mark.parametrize("argument", [[], ["instal=bash"], ["bash"]])
+def test_completion_that_is_not_known_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: list[str]
+) -> None:
+    assert in_process(monkeypatch, "-sc", *argument) == 1
+    assert "-sc takes install=bash" in capsys.readouterr().err
+
+
 COMMAND = """
 import json
 from pathlib import Path
@@ -255,6 +265,13 @@ def test_a_command_gets_plain_objects_and_its_whole_configuration(command: Any) 
     assert [path.name for path in Path("runs/one").iterdir()] == ["written.json"]
 
 
+def test_a_folder_named_after_the_time_is_made_once(command: Any) -> None:
+    # The configuration is composed twice, first to check it and then to run.
+    assert command("run_dir='runs/${now:%H%M%S%f}'") == 0
+    [folder] = Path("runs").iterdir()
+    assert (folder / "written.json").exists()
+
+
 def test_each_job_of_a_sweep_has_a_folder_of_its_own(command: Any) -> None:
     assert command("-m", "seed=2,3", "run_dir=runs/sweep") == 0
     for number, seed in enumerate((2, 3)):
@@ -278,9 +295,13 @@ def test_a_wrong_sweep_value_is_refused_before_the_first_job(command: Any) -> No
     assert not Path("runs/sweep").exists()
 
 
-def test_errors_of_constructors_come_out_as_they_are(command: Any) -> None:
+def test_errors_of_constructors_come_out_as_they_are(
+    command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=r"^a part needs sizes$"):
         command("part.sizes=[]")
+    # Nor does Hydra say anything of its own.
+    assert capsys.readouterr().err == ""
 
 
 def test_flags_and_overrides_mix(command: Any) -> None:
@@ -295,8 +316,10 @@ def test_a_run_folder_that_cannot_be_made_is_refused(command: Any) -> None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a file system that takes no folders")
 def test_a_run_folder_that_the_file_system_refuses_is_told(command: Any) -> None:
-    with pytest.raises(UserError, match="run_dir=/proc/no/such/place cannot be made"):
-        command("run_dir=/proc/no/such/place")
+    for run_dir in ("/proc/no", "/proc/no/such/place"):
+        for mode in ([], ["-m", "seed=1,2"]):
+            with pytest.raises(UserError, match=r"run_dir: /proc/no\S* cannot be made"):
+                command(*mode, f"run_dir={run_dir}")
 
 
 def test_targets_of_the_commands_exist() -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from helpsteer2.commands import CONFIG_COMMANDS, OTHER_COMMANDS
+from helpsteer2.errors import UserError
 
 _SECOND_WORD = re.compile(r"^(\s*\S+)\s+\S+")
 
@@ -23,8 +24,13 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: If it is asked for anything else.
     """
-    if not any(argument.startswith("query=") for argument in arguments):
+    if not arguments or arguments[0].partition("=")[0] not in {"query", "install", "uninstall"}:
+        raise UserError("-sc takes install=bash, install=fish or install=zsh (or uninstall=…)")
+    if not arguments[0].startswith("query="):
         _ask_hydra("train", arguments)
         return 0
     words = _words()

@@ -94,9 +94,8 @@ def validate(path: str, schema: str | None = None, split: str | None = None) -> 
                 rows = max(rows, counted.count) if report is _silent else rows + counted.count
     lines = len([line for _, line in bad if line is not None])
     name = f" ({schema})" if schema else ""
-    print(
-        f"{path}{name}: {rows:,} rows, {groups:,} groups, {lines:,} bad rows, {problems:,} problems"
-    )
+    counts = {"row": rows, "group": groups, "bad row": lines, "problem": problems}
+    print(f"{path}{name}: {', '.join(_counted(n, noun) for noun, n in counts.items())}")
     return 1 if problems else 0
 
 
@@ -133,10 +132,15 @@ def describe(path: str, schema: str | None = None, split: str | None = None) -> 
         Console().print(_table(statistics, f"{path}, {schema}, split {part}"))
     if problems:
         print(
-            f"{problems:,} problems left out: `helpsteer2 data validate {path}` lists them",
+            f"{_counted(problems, 'problem')} left out: `helpsteer2 data validate {path}` lists "
+            f"{'it' if problems == 1 else 'them'}",
             file=sys.stderr,
         )
     return 0 if found else 1
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _table(statistics: DataStatistics, title: str) -> Table:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
-from helpsteer2.errors import UserError
+from helpsteer2.errors import DataError, UserError
 from helpsteer2.evaluation.scoring import EvaluationContext, Evaluator, Scorer, model_key
 from helpsteer2.records import environment
 
@@ -72,7 +72,9 @@ def evaluate(
             seed=seed,
             console=console,
         )
-        metrics = {name: _run(evaluator, scorer, context) for name, evaluator in evaluators.items()}
+        metrics = {
+            name: _run(name, evaluator, scorer, context) for name, evaluator in evaluators.items()
+        }
         folder.write_result(
             {
                 "kind": "evaluate",
@@ -89,9 +91,17 @@ def evaluate(
     return None if optimized_metric is None else find_metric(metrics, optimized_metric)
 
 
-def _run(evaluator: Evaluator, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
-    """Run one evaluator and show its tables."""
-    metrics = evaluator.evaluate(scorer, context)
+def _run(
+    name: str, evaluator: Evaluator, scorer: Scorer, context: EvaluationContext
+) -> dict[str, Any]:
+    """Run one evaluator and show its tables; a message about its data names our own config key."""
+    try:
+        metrics = evaluator.evaluate(scorer, context)
+    except DataError:
+        raise
+    except UserError as error:
+        key = f" evaluators.{name}.data.path="
+        raise UserError(str(error).replace(" data.path=", key)) from error
     for table in evaluator.tables(metrics):
         context.console.print(table)
         context.console.print()

@@ -85,31 +85,37 @@ def launch(command: ConfigCommand, argv: Sequence[str]) -> int:
     args = parse_arguments(command, argv)
     overrides = list(args.overrides)
     if not args.shell_completion:
-        checked = check_arguments(command, args)
-        overrides = checked.overrides
-        if not is_shown(args):
-            _make_folder(str(checked.jobs[0]["run_dir"]))
+        overrides = check_arguments(command, args).overrides
     run_hydra(command, args, overrides)
     return 0
 
 
 def run_hydra(command: ConfigCommand, args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Hand arguments to Hydra, which composes again and runs or shows what they ask for."""
+    """Hand arguments to Hydra, which composes again and runs or shows what they ask for.
+
+    Raises:
+        UserError: As the command raises it, or if the run's folder cannot be made.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    typed = sys.argv
+    typed, began = sys.argv, False
+    failed: list[UserError] = []
 
     def task(job: Any) -> Any:
-        sys.argv = typed
+        nonlocal began
+        sys.argv, began = typed, True
         try:
             return _run_job(command, job)
         except UserError as error:
             # In a sweep the other jobs go on, and Hydra raises this at the end.
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 logger.error("%s", error)
-            raise
+                raise
+            # Raised through Hydra it would come with the overrides of the job, printed before it.
+            failed.append(error)
+            return None
 
     # Errors come back to us as they are, not as Hydra prints them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -118,8 +124,15 @@ def run_hydra(command: ConfigCommand, args: argparse.Namespace, overrides: Seque
         hydra.main(
             version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command.config_name
         )(task)()
+    except OSError as error:
+        if began:
+            raise
+        # Hydra makes the folder before the first job.
+        raise UserError(f"run_dir: {error.filename} cannot be made: {error.strerror}") from error
     finally:
         sys.argv = typed
+    if failed:
+        raise failed[0]
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
@@ -131,13 +144,6 @@ def _flags(args: argparse.Namespace) -> list[str]:
         if getattr(args, name) is not None:
             flags += [f"--{name.replace('_', '-')}={getattr(args, name)}"]
     return flags
-
-
-def _make_folder(run_dir: str) -> None:
-    try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be made: {error.strerror}") from error
 
 
 def _run_job(command: ConfigCommand, job: Any) -> Any:

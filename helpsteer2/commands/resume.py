@@ -23,6 +23,9 @@ MAY_CHANGE = (
 """Keys that may differ when a run is resumed: they decide where it runs, how long, and what is
 kept, not what a step computes (but for rounding)."""
 
+LENGTH = ("batching.epochs", "batching.max_steps")
+"""Those of them that decide the rate of every step, if it decays towards the last one."""
+
 CHANGES_THE_RESULT = ("weights", "batching.epochs", "batching.max_steps", "schedule.export")
 """Those of them for which a finished run has something left to do."""
 
@@ -46,7 +49,7 @@ def finished_result(folder: RunFolder, config: Mapping[str, Any] | None) -> dict
     if config is None or kept is None:
         return result
     differing = differing_keys(kept, config)
-    refused = {key: values for key, values in differing.items() if not is_among(key, MAY_CHANGE)}
+    refused = {key: values for key, values in differing.items() if not _may_change(key, kept)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
         raise UserError(
@@ -55,6 +58,11 @@ def finished_result(folder: RunFolder, config: Mapping[str, Any] | None) -> dict
         )
     unfinished = any(is_among(key, CHANGES_THE_RESULT) for key in differing)
     return None if unfinished else result
+
+
+def _may_change(key: str, kept: Mapping[str, Any]) -> bool:
+    decays = (kept.get("module") or {}).get("decay", "constant") != "constant"
+    return is_among(key, MAY_CHANGE) and not (decays and is_among(key, LENGTH))
 
 
 def begin(

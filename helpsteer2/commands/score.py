@@ -54,7 +54,10 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: If the model or the weighting cannot be used.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.batch_tokens < 1:
+        parser.error(f"--batch-tokens has to be 1 or more, got {options.batch_tokens}")
     from transformers.utils.logging import disable_progress_bar
 
     from helpsteer2.rewards.scorer import RewardScorer
@@ -223,9 +226,11 @@ class _Scoring:
         cut = ", ".join(
             f"{n} {what.replace('_', ' ')}" for what, n in self._scorer.cuts.counts().items() if n
         )
+        good = "1 row" if self.n_good == 1 else f"{self.n_good} rows"
+        bad = "1 bad row has" if self.n_bad == 1 else f"{self.n_bad} bad rows have"
         print(
-            f"scored {self.n_good} rows" + (f"; {cut}" if cut else "")
-            + (f"; {self.n_bad} bad rows have an error instead" if self.n_bad else ""),
+            f"scored {good}" + (f"; {cut}" if cut else "")
+            + (f"; {bad} an error instead" if self.n_bad else ""),
             file=sys.stderr,
         )  # fmt: skip
 

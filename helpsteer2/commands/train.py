@@ -35,6 +35,7 @@ from helpsteer2.callbacks.wandb import finish as finish_wandb
 from helpsteer2.commands.resume import begin, finished_result
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.train_report import print_summary, result_of
+from helpsteer2.config.rules import SET_BY_RUN
 from helpsteer2.data.chat import BoundChat, ChatFormat
 from helpsteer2.data.datamodule import Batching, GroupDataModule
 from helpsteer2.data.groups import GroupSource, read_all
@@ -48,16 +49,6 @@ from helpsteer2.models.reward import RewardModel, RewardSpec
 from helpsteer2.modules.step import StepModule
 
 logger = logging.getLogger(__name__)
-
-SET_ELSEWHERE = {
-    "max_steps": "batching.max_steps", "max_epochs": "batching.epochs",
-    "limit_train_batches": "batching.max_steps", "fast_dev_run": "batching.max_steps=1",
-    "val_check_interval": "schedule.validate_every",
-    "check_val_every_n_epoch": "schedule.validate_every",
-    "gradient_clip_val": "module.gradient_clip",
-    "accumulate_grad_batches": "batching.tokens_per_microbatch", "logger": "logger",
-}  # fmt: skip
-"""Arguments of the Trainer that this project sets from elsewhere."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -213,7 +204,7 @@ class _Run:
         if trainer.is_global_zero:
             begin(self.folder, self.config, data.fingerprints(), datamodule.total_steps)
         pl.seed_everything(self.seed, workers=True, verbose=False)
-        module = self._module(data, trainer.strategy.root_device)
+        module = self._module(data, trainer)
         checkpoints = self._fit(trainer, module, datamodule, stop)
         value = None
         if trainer.is_global_zero:
@@ -223,7 +214,7 @@ class _Run:
     def _trainer(self) -> pl.Trainer:
         """The Trainer, before anything slow: wrong hardware settings show at once."""
         given = dict(getattr(self.make_trainer, "keywords", {}))
-        for name, place in SET_ELSEWHERE.items():
+        for name, place in SET_BY_RUN.items():
             if given.get(name) not in (None, False):
                 raise UserError(f"trainer.{name} is set by this project: use {place}")
         for name in ("pytorch_lightning", "lightning_fabric"):
@@ -283,9 +274,14 @@ class _Run:
             validation = None
             if self.schedule.validate_every is not None:
                 validation = self._split("validation", chat)
-        for name, mean in zip(self.attributes, train.rating_means(), strict=True):
-            if mean != mean:
-                logger.warning("no response of the training data is rated on %s", name)
+        for split, groups in (("training", train), ("validation", validation)):
+            means = [] if groups is None else groups.rating_means().tolist()
+            unrated = [n for n, mean in zip(self.attributes, means, strict=False) if mean != mean]
+            if unrated:
+                message = f"no response of the {split} data is rated on {', '.join(unrated)}"
+                if len(unrated) == len(means):
+                    raise UserError(f"{message}: there is nothing to learn or to measure")
+                logger.warning("%s", message)
         return _Data(tokenizer, chat, train, validation)
 
     def _split(self, split: str, chat: BoundChat) -> TokenisedGroups:
@@ -297,15 +293,17 @@ class _Run:
             yield from (message["content"] for message in group.prompt)
             yield from group.responses
 
-    def _module(self, data: _Data, device: torch.device) -> StepModule:
-        backbone = self.backbone.build(data.tokenizer, self.seed, device)
-        base = self.backbone.path or f"random {backbone.config.model_type}"
+    def _module(self, data: _Data, trainer: pl.Trainer) -> StepModule:
+        device = trainer.strategy.root_device
+        autocast = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
+        backbone = self.backbone.build(data.tokenizer, self.seed, device, autocast)
+        base = self.backbone.path if self.backbone.init == "pretrained" else None
         spec = RewardSpec.of(
             self.attributes,
             data.chat,
             data.tokenizer,
             self.lengths,
-            base,
+            base or f"random {backbone.config.model_type}",
             data=f"{type(self.data).__name__} ({data.train.fingerprint[:12]})",
             weights=self.weights,
             rating_means=tuple(data.train.rating_means().tolist()),

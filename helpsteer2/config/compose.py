@@ -144,9 +144,12 @@ class Composer:
                 good.append(text)
             except _ERRORS as error:
                 key, equals, value = text.partition("=")
-                hint = f"; quote its value: {key}=\"'{value}'\"" if equals else ""
                 reason = str(error).splitlines()[0]
-                mistakes.append(Mistake(text, f"is no override Hydra can read ({reason}){hint}"))
+                hint = f"; quote its value: {key}=\"'{value}'\""
+                message = f"is no override Hydra can read ({reason}){hint}"
+                mistakes.append(
+                    Mistake(text, message if equals else "is not of the form key=value")
+                )
         return good, mistakes
 
     def parse(self, overrides: list[str]) -> list[Override]:
@@ -241,7 +244,8 @@ class Composer:
         ):
             options = list(_options(loader, group))
             close = near_miss(str(override.value()), options)
-            message = f"no such {group}{close}; there are {', '.join(options)}"
+            there = " There" if close else "; there"
+            message = f"no such {group}{close}{there} are {', '.join(options)}"
         else:
             message = _first_lines(error)
         return Mistake(text, message)
@@ -294,7 +298,7 @@ class Composer:
         ending = [path for path in paths if path.rpartition(".")[2] == last]
         if not close and ending:
             close = f"; did you mean {' or '.join(ending[:2])}?"
-        hint = f"; to add it, write +{key}=…" if not names else ""
+        hint = f"{' To' if close else '; to'} add it, write +{key}=…" if not names else ""
         return f"no such key{f' in {place}' if place else ''}{close}{hint}"
 
     def jobs(self, overrides: Sequence[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,11 +33,23 @@ class Settings:
         """The value that a file or an override holds at a dotted path, None if there is none."""
         return _select(self._given, path)
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every text that a file or an override holds, with its dotted path."""
+        yield from _texts(self._given, "")
+
     def number(self, path: str) -> float | None:
         """The number at a dotted path, None if there is none."""
         value = self[path]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if is_number else None
+
+
+def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping):
+        for key, item in node.items():
+            yield from _texts(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str):
+        yield path, node
 
 
 def _select(node: Any, path: str) -> Any:
@@ -104,7 +117,7 @@ def every_device_gets_a_group(settings: Settings) -> Iterator[Finding]:
     """A step of fewer groups than ranks would leave ranks without work."""
     global_batch = settings.number("batching.global_batch")
     ranks = _ranks(settings)
-    if global_batch is not None and ranks is not None and global_batch < ranks:
+    if global_batch is not None and ranks is not None and 1 <= global_batch < ranks:
         yield (
             "batching.global_batch",
             f"{global_batch} groups a step cannot be shared by {ranks} devices",
@@ -149,11 +162,11 @@ def numbers_are_in_range(settings: Settings) -> Iterator[Finding]:
             yield path, f"has to be 1 or more, got {value}"
     for path in _ABOVE_ZERO:
         value = settings.number(path)
-        if value is not None and value <= 0:
-            yield path, f"has to be above 0, got {value}"
+        if value is not None and not 0 < value < math.inf:
+            yield path, f"has to be a number above 0, got {value}"
     for path in _NOT_BELOW_ZERO:
         value = settings.number(path)
-        if value is not None and value < 0:
+        if value is not None and not 0 <= value < math.inf:
             yield path, f"has to be 0 or more, got {value}"
 
 
@@ -189,7 +202,7 @@ def attributes_are_named_once(settings: Settings) -> Iterator[Finding]:
         yield "attributes", f"names {', '.join(repeated)} more than once"
 
 
-_SET_BY_RUN = {
+SET_BY_RUN = {
     "max_epochs": "batching.epochs",
     "max_steps": "batching.max_steps",
     "limit_train_batches": "batching.max_steps",
@@ -203,11 +216,12 @@ _SET_BY_RUN = {
     "logger": "logger",
     "enable_checkpointing": "schedule.checkpoint_every",
 }
+"""Arguments of the Trainer that the run sets itself, and the key that decides them."""
 
 
 def trainer_leaves_steps_to_the_run(settings: Settings) -> Iterator[Finding]:
     """Steps, clipping, cadence and folders have one key each, which is not the Trainer's."""
-    for name, instead in _SET_BY_RUN.items():
+    for name, instead in SET_BY_RUN.items():
         if settings.given(f"trainer.{name}") not in (None, False):
             yield f"trainer.{name}", f"is set by the run itself: use {instead}"
 
@@ -236,6 +250,25 @@ def run_folder_can_be_made(settings: Settings) -> Iterator[Finding]:
         yield "run_dir", f"no permission to write in {folder}"
 
 
+def local_paths_are_there(settings: Settings) -> Iterator[Finding]:
+    """What can only be a local path has to exist; anything else may be a Hub id, or be made yet."""
+    missing: dict[str, str] = {}
+    for place, path in settings.texts():
+        is_read = place == "model" or place.rpartition(".")[2] == "path"
+        if is_read and path.startswith(("/", "./", "../", "~")) and not _exists(path):
+            missing.setdefault(path, place)
+    for path, place in missing.items():
+        yield place, f"there is no file or folder {path}"
+
+
+def _exists(path: str) -> bool:
+    """Whether a path is there, or the folder that a killed export has set aside for it."""
+    local = Path(path).expanduser()
+    return local.exists() or bool(
+        local.name and local.with_name(f".{local.name}.previous").exists()
+    )
+
+
 RULES: tuple[Rule, ...] = (
     precision_keeps_master_weights,
     backbone_has_a_source,
@@ -248,5 +281,6 @@ RULES: tuple[Rule, ...] = (
     trainer_leaves_steps_to_the_run,
     strategy_copies_the_model,
     run_folder_can_be_made,
+    local_paths_are_there,
 )
 """Every rule, in the order in which findings are shown."""

@@ -153,7 +153,10 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def _has_lists(rows: Iterable[Mapping[str, Any]]) -> bool:
-    return any(isinstance(row.get(name), list) for row in rows for name in HELPSTEER2_ATTRIBUTES)
+    """Whether most ratings are lists: a few may be mistakes of single rows."""
+    ratings = [row.get(name) for row in rows for name in HELPSTEER2_ATTRIBUTES]
+    lists = sum(isinstance(rating, list) for rating in ratings)
+    return lists * 2 > sum(rating is not None for rating in ratings)
 
 
 def _misspelt_columns(file: str, columns: set[str], schema: str) -> list[Problem]:

@@ -54,9 +54,14 @@ class Batching:
         return steps, dropped
 
 
-def _pack(groups: TokenisedGroups, micro_batch: MicroBatch) -> PackedBatch:
-    batch = pack([groups[index] for index in micro_batch.groups])
-    return batch if micro_batch.counted else batch.without_labels()
+ROW_MULTIPLE = 256
+"""Rows are padded to a multiple of this where kernels are made for each length: oneDNN compiles its
+bf16 matrix products anew for every length it meets."""
+
+
+def _pack(groups: TokenisedGroups, micro_batch: MicroBatch, multiple: int = 1) -> PackedBatch:
+    batch = pack([groups[index] for index in micro_batch.groups], multiple)
+    return batch if micro_batch.counted else batch.as_filler()
 
 
 class StepStream(IterableDataset[list[PackedBatch]]):
@@ -67,16 +72,20 @@ class StepStream(IterableDataset[list[PackedBatch]]):
         plan: The schedule.
         rank: Which rank's micro-batches to give.
         first_step: Step to start at (the optimizer steps already done).
+        multiple: Rows are padded to a multiple of this.
     """
 
-    def __init__(self, groups: TokenisedGroups, plan: StepPlan, rank: int, first_step: int) -> None:
+    def __init__(
+        self, groups: TokenisedGroups, plan: StepPlan, rank: int, first_step: int, multiple: int = 1
+    ) -> None:
         self._groups, self._plan = groups, plan
-        self._rank, self._first_step = rank, first_step
+        self._rank, self._first_step, self._multiple = rank, first_step, multiple
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Yield one list of micro-batches a step."""
         for step in range(self._first_step, self._plan.total_steps):
-            yield [_pack(self._groups, batch) for batch in self._plan.step(step)[self._rank]]
+            batches = self._plan.step(step)[self._rank]
+            yield [_pack(self._groups, batch, self._multiple) for batch in batches]
 
 
 class PackedGroups(Dataset[PackedBatch]):
@@ -145,7 +154,11 @@ class GroupDataModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         stream = StepStream(
-            self.train, self.plan(trainer.world_size), trainer.global_rank, trainer.global_step
+            self.train,
+            self.plan(trainer.world_size),
+            trainer.global_rank,
+            trainer.global_step,
+            ROW_MULTIPLE if trainer.precision == "bf16-mixed" else 1,
         )
         return DataLoader(stream, batch_size=None)
 

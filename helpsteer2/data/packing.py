@@ -6,10 +6,11 @@ to its own prompt and to itself, and its positions continue from the end of its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +29,16 @@ class PackedLayout:
     Attributes:
         prompt_lengths: Tokens of each of the G prompts, all ≥ 1.
         response_lengths: Tokens of each group's responses, all ≥ 1.
+        padding: Tokens behind the last group that belong to nobody.
     """
 
     prompt_lengths: tuple[int, ...]
     response_lengths: tuple[tuple[int, ...], ...]
+    padding: int = 0
 
     @cached_property
     def n_tokens(self) -> int:
-        """T, the length of the row."""
+        """Tokens of the groups: T without the padding."""
         return sum(self.prompt_lengths) + sum(map(sum, self.response_lengths))
 
     @cached_property
@@ -45,12 +48,18 @@ class PackedLayout:
 
     @cached_property
     def group_starts(self) -> tuple[int, ...]:
-        """Index of the first prompt token of each group, and T at the end."""
+        """Index of the first prompt token of each group, and the end of the last."""
         lengths = (
             prompt + sum(responses)
             for prompt, responses in zip(self.prompt_lengths, self.response_lengths, strict=True)
         )
         return (0, *accumulate(lengths))
+
+    def segments(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Start, prompt length and response lengths of each group; padding is a lone prompt."""
+        yield from zip(self.group_starts, self.prompt_lengths, self.response_lengths, strict=False)
+        if self.padding:
+            yield self.n_tokens, self.padding, ()
 
     @cached_property
     def max_span(self) -> int:
@@ -69,13 +78,14 @@ class PackedBatch:
         input_ids: ``(T,)`` int64.
         position_ids: ``(T,)`` int64; prompts count from 0, responses go on from their prompt.
         segment_ids: ``(T,)`` int32; 0 in prompts, 1 … n in a group's responses.
-        group_ids: ``(T,)`` int32, 0 … G−1.
+        group_ids: ``(T,)`` int32, 0 … G−1, and G in the padding.
         last_tokens: ``(R,)`` int64, index of each response's last token.
         response_groups: ``(R,)`` int64, the group 0 … G−1 of each response.
         attributes: ``(R, A)`` float32 ratings 0–4, NaN where unknown.
         preference_strength: ``(G,)`` float32, NaN where unknown.
         group_indices: ``(G,)`` int64, position of each group in its data set.
         layout: The segment table on the host.
+        filler: Whether it only keeps a rank in step with the others: its labels are all unknown.
     """
 
     input_ids: Tensor
@@ -88,33 +98,34 @@ class PackedBatch:
     preference_strength: Tensor
     group_indices: Tensor
     layout: PackedLayout
-
-    def _map(self, function: object) -> PackedBatch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
-        return replace(self, **{name: function(value) for name, value in tensors.items()})  # type: ignore[operator]
+    filler: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy every tensor to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
-    def pin_memory(self) -> PackedBatch:
-        """Copy every tensor to pinned memory, for asynchronous copies to a GPU."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def without_labels(self) -> PackedBatch:
+    def as_filler(self) -> PackedBatch:
         """The same row with every label unknown: it weighs nothing in any loss."""
         return replace(
             self,
+            filler=True,
             attributes=torch.full_like(self.attributes, torch.nan),
             preference_strength=torch.full_like(self.preference_strength, torch.nan),
         )
 
 
-def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
+def pack(groups: Sequence[TokenGroup], multiple: int = 1) -> PackedBatch:
     """Lay groups end to end.
 
     Args:
         groups: At least one group; prompts and responses have at least one token each.
+        multiple: The row is padded to a multiple of this, by tokens that attend to themselves
+            alone. Kernels compiled for each length then meet few of them.
 
     Returns:
         The packed row, on the CPU.
@@ -127,6 +138,7 @@ def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
     layout = PackedLayout(
         tuple(len(group.prompt_ids) for group in groups),
         tuple(tuple(map(len, group.response_ids)) for group in groups),
+        -sum(group.n_tokens for group in groups) % multiple,
     )
     segments: list[np.ndarray] = []
     starts: list[int] = []  # position of each segment's first token
@@ -142,10 +154,15 @@ def pack(groups: Sequence[TokenGroup]) -> PackedBatch:
             starts.append(len(group.prompt_ids) if kind else 0)
             kinds.append(kind)
             owners.append(g)
+    if layout.padding:
+        segments.append(np.zeros(layout.padding, np.int32))
+        starts.append(0)
+        kinds.append(0)
+        owners.append(len(groups))
     lengths = np.fromiter(map(len, segments), np.int64, len(segments))
     ends = np.cumsum(lengths)
     is_response = np.array(kinds) > 0
-    positions = np.arange(layout.n_tokens) + np.repeat(np.array(starts) - (ends - lengths), lengths)
+    positions = np.arange(ends[-1]) + np.repeat(np.array(starts) - (ends - lengths), lengths)
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate(segments).astype(np.int64)),
         position_ids=torch.from_numpy(positions),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpsteer2.data.checks import RowCheck
+from helpsteer2.data.checks import PEEKED_ROWS, RowCheck
 from helpsteer2.data.groups import Group, Message
 from helpsteer2.data.rows import SUFFIXES, Part, Row, find_files, local_path, read_part
 from helpsteer2.errors import DataError, Problem, UserError
 
 MAX_CHARACTERS = 1_000_000
 _ROLES = ("system", "user", "assistant")
+_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def load_pairs(
         UserError: If the path does not exist, or the Hub cannot be asked.
     """
     problems: list[Problem] = []
-    rows = _read(path, Part(split, split), problems, setting)
+    rows = _read(path, Part(split, split), (*_COLUMNS, "subset"), problems, setting)
     return _finish([_pair(row, None, subsets, problems) for row in rows], problems)
 
 
@@ -98,15 +100,26 @@ def load_sets(path: str, subsets: Sequence[str], setting: str) -> tuple[Preferen
     pairs = [
         _pair(row, name, subsets, problems)
         for name in found
-        for row in _read(path, Part(name, name), problems, setting)
+        for row in _read(path, Part(name, name), _COLUMNS, problems, setting)
     ]
     return _finish(pairs, problems)
 
 
-def _read(path: str, part: Part, problems: list[Problem], setting: str) -> Iterator[Row]:
-    """Rows of one table; a message about the Hub names our own config key."""
+def _read(
+    path: str, part: Part, columns: Sequence[str], problems: list[Problem], setting: str
+) -> Iterator[Row]:
+    """Rows of one table, none if the first ones lack a column; messages name our own config key."""
     try:
-        yield from read_part(path, part, problems.append)
+        rows = read_part(path, part, problems.append)
+        peeked = list(itertools.islice(rows, PEEKED_ROWS))
+        readable = [row for row in peeked if row.values is not None]
+        found = sorted({name for row in readable for name in row.values or ()})
+        missing = [name for name in columns if readable and name not in found]
+        for name in missing:
+            message = f"the column is missing; found {', '.join(found)}"
+            problems.append(Problem(readable[0].file, None, name, message))
+        if not missing:
+            yield from itertools.chain(peeked, rows)
     except DataError:
         raise
     except UserError as error:

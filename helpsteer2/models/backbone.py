@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,7 +53,11 @@ class Backbone:
     trust_remote_code: bool = False
 
     def build(
-        self, tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device | str = "cpu"
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
     ) -> PreTrainedModel:
         """Load or draw the weights.
 
@@ -59,6 +66,7 @@ class Backbone:
             seed: Seed of random weights.
             device: Where the model will run, for the choice of the attention backend. The weights
                 are made on the CPU.
+            autocast: What autocast will compute in, for the same choice; None without it.
 
         Returns:
             The decoder without LM head, in train mode, dropout 0.
@@ -68,15 +76,17 @@ class Backbone:
         """
         from transformers import AutoModel
 
-        backend = choose_backend(self.attention, device)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        backend = choose_backend(self.attention, device, autocast or dtype)
         implementation = implementation_name(backend)
-        dtype = getattr(torch, self.dtype)
         if self.init == "random":
             config = self._config(tokenizer)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModel.from_config(config, attn_implementation=implementation)
-            model.to(dtype)
+                # Without a dtype it takes that of the config of ``path``.
+                model = AutoModel.from_config(
+                    config, dtype=dtype, attn_implementation=implementation
+                )
         else:
             model = self._pretrained(implementation, dtype)
         check_packable(model)
@@ -103,7 +113,7 @@ class Backbone:
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
-        return _without_dropout(config)
+        return without_dropout(config)
 
     def _pretrained(self, implementation: str, dtype: torch.dtype) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -112,26 +122,31 @@ class Backbone:
             raise UserError("backbone: init=pretrained needs backbone.path (a folder or a Hub id)")
         config = self._from_path(AutoConfig, self.path, **dict(self.config or {}))
         # As a causal LM: a checkpoint with tied weights may hold the embedding as its LM head only.
-        model, info = self._from_path(
-            AutoModelForCausalLM,
-            self.path,
-            config=_without_dropout(config),
-            dtype=dtype,
-            attn_implementation=implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        missing = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]
+        with without_loading_report():
+            model, info = self._from_path(
+                AutoModelForCausalLM,
+                self.path,
+                config=without_dropout(config),
+                dtype=dtype,
+                attn_implementation=implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told below, all at once
+                output_loading_info=True,
+            )
+        missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         holes = sorted(name for name in missing if not name.startswith("lm_head."))
         if holes:
             raise UserError(
-                f"backbone.path={self.path} lacks weights of {type(model).__name__}: "
-                f"{', '.join(holes[:5])}{' …' if len(holes) > 5 else ''}"
+                f"backbone.path={self.path} lacks weights of {type(model).__name__}, or has them "
+                f"in another shape: {', '.join(holes[:5])}{' …' if len(holes) > 5 else ''}: this "
+                "is the checkpoint of another backbone"
             )
         return model.base_model  # type: ignore[no-any-return]
 
     def _from_path(self, factory: Any, path: str, **options: Any) -> Any:
         """``from_pretrained`` from a folder, the Hub, or the Hub's cache if it is out of reach."""
+        from safetensors import SafetensorError
+
         folder = Path(path).expanduser()
         local = folder.is_dir()
         offline = not local and hub_unreachable() is not None
@@ -142,7 +157,7 @@ class Backbone:
                 trust_remote_code=self.trust_remote_code,
                 **options,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             if offline:
                 require_hub(
                     f"the backbone {path!r}",
@@ -161,9 +176,33 @@ class Backbone:
             )
 
 
-def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Dropout off: the packed kernels have none, and steps have to be exact."""
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(config, name, 0):
-            setattr(config, name, 0.0)
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Leave nothing to chance: steps have to be exact, and the packed kernels have no dropout.
+
+    Args:
+        config: Changed in place: every dropout, layer drop and router noise becomes 0.
+
+    Returns:
+        The same config.
+    """
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and re.search("dropout|pdrop|layerdrop|jitter", name):
+                setattr(part, name, 0.0)
     return config
+
+
+@contextmanager
+def without_loading_report() -> Iterator[None]:
+    """Keep transformers from printing a table of wrong tensors: the error names them."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    # Not by its level: transformers reads that, and warns of other things at a higher one.
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

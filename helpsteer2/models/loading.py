@@ -20,6 +20,7 @@ from helpsteer2.data.hub import hub_unreachable, require_hub
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.tokenizer import tokenizer_hash
 from helpsteer2.errors import UserError
+from helpsteer2.models.backbone import without_dropout, without_loading_report
 from helpsteer2.models.export import check_pad_token, has_score_head, previous_folder
 from helpsteer2.models.spec import SPEC_FILE, RewardSpec
 
@@ -167,11 +168,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: config.json cannot be used: {error}") from error
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for key, value in part.to_dict().items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(part, key, 0.0)  # a score must not be a matter of chance
-    return config
+    return without_dropout(config)
 
 
 def _label_names(config: PreTrainedConfig, folder: Path) -> tuple[str, ...]:
@@ -289,15 +286,16 @@ def _backbone(
     from transformers import AutoModelForSequenceClassification
 
     try:
-        classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=implementation,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # told below, all at once
-            output_loading_info=True,
-        )
+        with without_loading_report():
+            classifier, info = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told below, all at once
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: the weights cannot be loaded: {error}") from error
     _check_loading(info, folder)

@@ -106,8 +106,9 @@ class RewardModel(nn.Module):
         Raises:
             UserError: If the folder cannot be trusted to score right; the message says why.
         """
-        implementation = implementation_name(choose_backend(attention, device))
-        parts = load_reward(path, getattr(torch, dtype), implementation)
+        weights_dtype: torch.dtype = getattr(torch, dtype)
+        implementation = implementation_name(choose_backend(attention, device, weights_dtype))
+        parts = load_reward(path, weights_dtype, implementation)
         check_packable(parts.backbone)
         model = cls(parts.backbone, parts.spec, parts.head).to(device).eval()
         return model, parts.tokenizer, parts.chat

@@ -28,7 +28,7 @@ class RegressionModule(StepModule):
         loss: The loss, given by the config without names; it is bound to the model's here.
         optimizer: Makes the optimizer from parameter groups.
         warmup_steps: Step s (0-based) runs at ``lr · min(1, (s + 1) / warmup_steps)``.
-        decay: The learning rate after the warm-up: ``constant`` as in the paper, or ``linear`` to 0.
+        decay: The rate after the warm-up: ``constant`` as in the paper, or ``linear`` to 0.
         gradient_clip: Largest gradient norm; None does not clip.
 
     Raises:

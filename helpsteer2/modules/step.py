@@ -170,8 +170,7 @@ class StepModule(pl.LightningModule):
         """Run one optimizer step.
 
         Args:
-            batches: This rank's micro-batches. Every rank has the same number; those of zero count
-                only keep the ranks in step.
+            batches: This rank's micro-batches; every rank has the same number.
             batch_idx: Not used; ``global_step`` is the number of the step.
 
         Returns:
@@ -190,11 +189,8 @@ class StepModule(pl.LightningModule):
             [p for p in self.parameters() if p.grad is not None],
             float("inf") if self.gradient_clip is None else self.gradient_clip,
         )
-        labelled = (counts > 0).any(dim=1).tolist()
-        seen = [
-            sum(len(b.group_indices) for b, real in zip(batches, labelled, strict=True) if real),
-            sum(b.input_ids.numel() for b, real in zip(batches, labelled, strict=True) if real),
-        ]
+        real = [batch for batch in batches if not batch.filler]
+        seen = [sum(len(b.group_indices) for b in real), sum(b.layout.n_tokens for b in real)]
         groups, tokens = self._sum_over_ranks(torch.tensor(seen, device=self.device)).tolist()
         k = len(total)
         loss = float((sums[:k] / total).sum())

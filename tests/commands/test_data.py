@@ -103,7 +103,18 @@ def test_table_with_both_splits_tells_its_problems_once(
     assert main(["validate", str(file)]) == 1
     problem, summary = capsys.readouterr().out.splitlines()
     assert problem.startswith(f"{file}:4: preference_strength: ")
-    assert summary.endswith("4 rows, 3 groups, 1 bad rows, 1 problems")
+    assert summary.endswith("4 rows, 3 groups, 1 bad row, 1 problem")
+
+
+def test_one_rating_that_is_a_list_costs_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*EXAMPLES["helpsteer2"], row("x", helpfulness=[3]), row("x")]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert main(["validate", str(file)]) == 1
+    problem, _ = capsys.readouterr().out.splitlines()
+    expected = f"{file}:{len(rows) - 1}: helpfulness: expected a number from 0 to 4 or null"
+    assert problem.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +154,7 @@ def test_describe_leaves_bad_rows_out_and_says_so(
     assert main(["describe", str(file)]) == 0
     captured = capsys.readouterr()
     assert "10 groups, 2.00 responses each" in captured.out
-    assert "1 problems left out" in captured.err
+    assert "1 problem left out" in captured.err
 
 
 def test_statistics_agree_with_the_library() -> None:

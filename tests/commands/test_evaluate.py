@@ -12,6 +12,7 @@ from helpsteer2.commands.evaluate import evaluate, find_metric
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.data.groups import Group
 from helpsteer2.data.lengths import CutReport
+from helpsteer2.data.sources.helpsteer import HelpSteer2
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation import rewardbench as rb
 from helpsteer2.evaluation.ratings import RatingEvaluation
@@ -168,6 +169,13 @@ def test_no_evaluator_and_an_unwritable_folder_are_refused_before_the_model_load
     with pytest.raises(UserError, match="cannot be written"):
         evaluate(**{**arguments, "run_dir": str(tmp_path / "file" / "run")})
     assert scorer.loads == []
+
+
+def test_data_out_of_reach_is_told_with_the_key_that_mends_it(scorer, arguments, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    evaluators = {"mine": RatingEvaluation(HelpSteer2("nobody/no-such-data"))}
+    with pytest.raises(UserError, match=r" evaluators\.mine\.data\.path=DIR, a folder that holds"):
+        evaluate(**{**arguments, "evaluators": evaluators})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,15 @@ def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
         ({"lengths__max_prompt_tokens": 0}, "lengths.max_prompt_tokens"),
         ({"module__optimizer__lr": 0.0}, "module.optimizer.lr"),
         ({"module__gradient_clip": 0}, "module.gradient_clip"),
+        ({"module__optimizer__lr": float("nan")}, "module.optimizer.lr"),
+        ({"batching__epochs": float("inf")}, "batching.epochs"),
+        ({"batching__global_batch": 0}, "batching.global_batch"),
+        ({"model": "/no/such/model"}, "model"),
+        ({"backbone__path": "./no/such/model"}, "backbone.path"),
+        (
+            {"evaluators": {"ratings": {"data": {"path": "~/no/such"}}}},
+            "evaluators.ratings.data.path",
+        ),
         ({"module__warmup_steps": -1}, "module.warmup_steps"),
         ({"seed": -1}, "seed"),
         ({"weights__values": {"complexity": 1.0}}, "weights.values"),
@@ -131,6 +141,8 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], path: str) -> None
         {"weights": None},
         {"module__loss__attribute_loss_weights": {"verbosity": 0.5}},
         {"trainer__logger": False},
+        {"model": "outputs/later/export"},
+        {"model": str(Path(__file__).parent)},
     ],
 )
 def test_what_can_work_is_allowed(changes: dict[str, Any]) -> None:

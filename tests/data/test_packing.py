@@ -35,9 +35,11 @@ def test_two_groups_by_hand() -> None:
     assert batch.layout.group_starts == (0, 6, 10)
 
 
-def test_without_labels_keeps_the_tokens() -> None:
+def test_a_filler_keeps_the_tokens_without_labels() -> None:
     batch = pack([group(1, [1], [2])])
-    blank = batch.without_labels()
+    blank = batch.as_filler()
+    assert blank.to("cpu").filler
+    assert not batch.filler
     assert torch.equal(blank.input_ids, batch.input_ids)
     assert blank.attributes.isnan().all()
     assert blank.preference_strength.isnan().all()
@@ -48,3 +50,15 @@ def test_empty_segments_are_refused() -> None:
     for bad in ([group(0, [], [1])], [group(0, [1], [])], [group(0, [1])], []):
         with pytest.raises(ValueError, match=r"empty|no response|at least one"):
             pack(bad)
+
+
+def test_padding_belongs_to_nobody() -> None:
+    groups = [group(7, [1, 2, 3], [4, 5], [6]), group(9, [10], [11, 12, 13])]
+    plain, padded = pack(groups), pack(groups, 8)
+    assert len(padded.input_ids) == 16
+    assert (padded.layout.n_tokens, padded.layout.padding) == (10, 6)
+    assert padded.group_ids.tolist()[10:] == [2] * 6
+    assert padded.position_ids.tolist()[10:] == list(range(6))
+    for name in ("last_tokens", "response_groups", "attributes", "group_indices"):
+        assert torch.equal(getattr(plain, name), getattr(padded, name))
+    assert pack(groups, 5).layout.padding == 0

@@ -243,6 +243,16 @@ def test_every_bad_row_is_listed_with_line_and_field(fakes, context, tmp_path):
     assert scorer.scored == 0
 
 
+def test_a_file_of_another_schema_is_told_once_and_not_by_row(fakes, context, tmp_path):
+    path = write(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}] * 50)
+    scorer = fakes.scorer(helpfulness(lambda prompt, response: 0.0))
+    with pytest.raises(DataError) as error:
+        RewardBench(path, resamples=QUICK).evaluate(scorer, context)
+    found = [(problem.line, problem.field) for problem in error.value.problems]
+    assert found == [(None, "chosen"), (None, "rejected"), (None, "subset")]
+    assert "found prompt, response" in str(error.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\n", b"[1]\n"])
 def test_files_that_hold_no_rows_are_refused(fakes, context, tmp_path, content):
     path = tmp_path / "filtered.jsonl"

@@ -42,6 +42,16 @@ def test_random_weights_follow_the_seed_alone(tokenizer: PreTrainedTokenizerFast
     assert first.training
 
 
+def test_random_weights_have_the_dtype_asked_for_from_the_first_bit(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = save_causal_lm(tmp_path, tokenizer, dtype="bfloat16")
+    model = Backbone(TRAINED, path=str(folder), init="random").build(tokenizer, seed=7)
+    weight = model.get_input_embeddings().weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_pretrained_weights_arrive_whole(
     tied: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -72,11 +82,42 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer: PreTrainedTokeniz
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_missing_weights_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_nothing_is_left_to_chance_in_training(tokenizer: PreTrainedTokenizerFast) -> None:
+    # OPT calls it plainly `dropout`.
+    config = {
+        **SIZES, "model_type": "opt", "vocab_size": 320, "ffn_dim": 48, "word_embed_proj_dim": 32,
+        "dropout": 0.5, "layerdrop": 0.5,
+    }  # fmt: skip
+    model = Backbone(TRAINED, init="random", config=config).build(tokenizer, seed=7)
+    batch = pack(make_groups([2, 3]))
+    first, second = (packed_hidden_states(model, batch) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"num_hidden_layers": 3}, r"layers\.2"), ({"intermediate_size": 16}, r"mlp\.down_proj")],
+)
+def test_the_checkpoint_of_another_backbone_is_refused(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: dict[str, int],
+    named: str,
+) -> None:
     folder = save_causal_lm(tmp_path, tokenizer)
-    changed = Backbone(TRAINED, path=str(folder), config={"num_hidden_layers": 3})
-    with pytest.raises(UserError, match=r"lacks weights.*layers\.2"):
+    changed = Backbone(TRAINED, path=str(folder), config=change)
+    with pytest.raises(UserError, match=f"lacks weights.*{named}.*checkpoint of another backbone"):
         changed.build(tokenizer, seed=0)
+    assert "[transformers]" not in capfd.readouterr().err
+
+
+def test_damaged_weights_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    folder = save_causal_lm(tmp_path, tokenizer)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"backbone\.path=.*cannot be loaded"):
+        Backbone(TRAINED, path=str(folder)).build(tokenizer, seed=0)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(

@@ -38,6 +38,18 @@ DECODERS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 8,
     },
+    # Tells the window by its mask alone, not by an argument.
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    # Learned positions.
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 GROUPS = {"one": [1, 1, 1], "pairs": [2, 2, 2], "ten": [10, 10], "mixed": [1, 10, 2]}
 
@@ -93,6 +105,18 @@ def test_order_and_company_of_groups_change_nothing() -> None:
     torch.testing.assert_close(together[:2], turned[-2:], atol=1e-5, rtol=1e-5)
     alone = torch.cat([last_states_packed(model, pack([group])) for group in groups])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_padding_changes_nothing(decoder: str) -> None:
+    model, _ = twins(decoder, **DECODERS[decoder])
+    groups = make_groups([2, 3])
+    plain = last_states_packed(model, pack(groups))
+    padded = last_states_packed(model, pack(groups, 64))
+    torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)
+    theirs = gradients(model, plain)
+    for name, gradient in gradients(model, padded).items():
+        assert relative_error(gradient, theirs[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -221,7 +245,7 @@ def test_unknown_attention_arguments_are_refused() -> None:
 
 def test_a_packed_model_cannot_be_called_without_a_packed_batch() -> None:
     model, _ = twins("llama")
-    with pytest.raises(RuntimeError, match="packed_hidden_states"):
+    with pytest.raises(UserError, match="packed_hidden_states"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
@@ -249,13 +273,59 @@ def test_rope_that_reads_the_longest_text_is_refused_beyond_its_length() -> None
         last_states_packed(model, pack(make_groups([1], seed=3, prompt=900)))
 
 
-def test_backends_that_cannot_run_are_refused() -> None:
-    assert choose_backend("auto", "cpu") == "sdpa"
+def test_texts_beyond_learned_positions_are_refused() -> None:
+    model, _ = twins("gpt2", **{**DECODERS["gpt2"], "max_position_embeddings": 64})
+    assert last_states_packed(model, pack(make_groups([2], prompt=10))).isfinite().all()
+    with pytest.raises(UserError, match="positions for 64 tokens"):
+        last_states_packed(model, pack(make_groups([1], seed=3, prompt=900)))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "what"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "two-way attention"),
+        (
+            "deepseek_v3",
+            {
+                "kv_lora_rank": 8,
+                "q_lora_rank": 8,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 8,
+                "first_k_dense_replace": 2,
+                "num_key_value_heads": 4,
+            },
+            "narrower or wider",
+        ),
+    ],
+)
+def test_attention_that_the_backends_cannot_do_is_refused(
+    decoder: str, options: dict[str, Any], what: str
+) -> None:
+    config = AutoConfig.for_model(decoder, **{**SIZES, **options})
+    model = AutoModel.from_config(config, attn_implementation=implementation_name("sdpa"))
+    with pytest.raises(UserError, match=what):
+        last_states_packed(model, pack(make_groups([1])))
+
+
+def test_backends_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("auto", "cpu", torch.float32) == "sdpa"
     for backend in ("flash", "flex"):
         with pytest.raises(UserError, match="needs a GPU"):
-            choose_backend(backend, "cpu")  # type: ignore[arg-type]
+            choose_backend(backend, "cpu", torch.bfloat16)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="runs on the CPU"):
-        choose_backend("sdpa", "cuda")
+        choose_backend("sdpa", "cuda", torch.bfloat16)
+    with pytest.raises(UserError, match="'mps'"):
+        choose_backend("auto", "mps", torch.float32)
+    monkeypatch.setattr(flash, "kernel", lambda: _plain_varlen)
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "flash"
+    assert choose_backend("auto", "cuda", torch.float32) == "flex"
+    with pytest.raises(UserError, match=r"do not compute in torch\.float32"):
+        choose_backend("flash", "cuda", torch.float32)
+    monkeypatch.setattr(flash, "kernel", lambda: None)
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "flex"
+    with pytest.raises(UserError, match="flash-attn"):
+        choose_backend("flash", "cuda", torch.bfloat16)
 
 
 def test_block_masks_are_built_once_a_batch() -> None:

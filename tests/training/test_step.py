@@ -28,21 +28,25 @@ from tests.training.runs import NAMES, ToyGroups, backbone, start_ranks
 LIMITS = LengthLimits(64, 128)
 
 
-def make_data(cache: Path, tokens: int, max_steps: int = 1) -> tuple[GroupDataModule, Any, Any]:
+def make_data(
+    cache: Path, tokens: int, max_steps: int = 1, names: tuple[str, ...] = NAMES
+) -> tuple[GroupDataModule, Any, Any]:
     tokenizer = backbone().tokenizer.build(lambda: iter(["red green blue sun moon"]), cache)
     chat = ChatFormat().bind(tokenizer)
     train, validation = (
-        tokenise(ToyGroups(), split, chat, LIMITS, NAMES, cache)
+        tokenise(ToyGroups(), split, chat, LIMITS, names, cache)
         for split in ("train", "validation")
     )
     batching = Batching(global_batch=12, tokens_per_microbatch=tokens, max_steps=max_steps)
     return GroupDataModule(train, validation, batching, seed=3), tokenizer, chat
 
 
-def make_module(tokenizer: Any, chat: Any, **options: Any) -> RegressionModule:
+def make_module(
+    tokenizer: Any, chat: Any, names: tuple[str, ...] = NAMES, **options: Any
+) -> RegressionModule:
     model = backbone().build(tokenizer, seed=5)
     torch.manual_seed(7)
-    spec = RewardSpec.of(NAMES, chat, tokenizer, LIMITS, "toy")
+    spec = RewardSpec.of(names, chat, tokenizer, LIMITS, "toy")
     settings: dict[str, Any] = {
         "loss": RegressionLoss({"verbosity": 0.5}),
         "optimizer": partial(torch.optim.SGD, lr=0.01),
@@ -120,6 +124,18 @@ def test_one_global_step_a_step_whatever_the_micro_batches(tmp_path: Path) -> No
     module = make_module(tokenizer, chat)
     assert fit(module, data).global_step == 4
     assert module.groups_seen == 4 * 12
+
+
+def test_what_was_seen_does_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
+    names = NAMES[:1]  # some groups have no rating of it
+    for tokens in (1, 100_000):
+        data, tokenizer, chat = make_data(tmp_path, tokens, max_steps=2, names=names)
+        groups = np.concatenate([data.plan(1).groups(step) for step in range(2)])
+        assert any(np.isnan(data.train[int(i)].attributes).all() for i in groups)
+        module = make_module(tokenizer, chat, names, loss=RegressionLoss())
+        fit(module, data)
+        assert module.groups_seen == 24
+        assert module.tokens_seen == data.train.lengths[groups].sum()
 
 
 def test_warmup_is_linear_then_constant() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,16 @@ import yaml
 from helpsteer2.callbacks import checkpoints as checkpoints_module
 from helpsteer2.callbacks.checkpoints import LAST, read_checkpoint
 from helpsteer2.callbacks.wandb import WandbRun
+from helpsteer2.commands.resume import finished_result
 from helpsteer2.commands.run_folder import RunFolder, differing_keys, is_among
 from helpsteer2.commands.train import train
+from helpsteer2.data.groups import Group
+from helpsteer2.data.tokenizer import TrainedTokenizer
 from helpsteer2.errors import UserError
 from helpsteer2.losses.regression import RegressionLoss
+from helpsteer2.models.backbone import Backbone
 from helpsteer2.models.reward import RewardModel
-from tests.training.runs import NAMES, arguments
+from tests.training.runs import NAMES, SHAPE, ToyGroups, arguments
 
 
 def test_a_run_leaves_its_record_and_a_model(tmp_path: Path, capsys) -> None:
@@ -138,6 +145,30 @@ def test_run_ended_by_a_callback_is_validated_and_saved_there(tmp_path: Path) ->
     assert value == result["last_validation"]["val/loss"]
 
 
+def test_data_without_any_rating_is_refused_before_training(tmp_path: Path) -> None:
+    class Unrated(ToyGroups):
+        def read(self, split: str, report: Any) -> Iterator[Group]:
+            for group in super().read(split, report):
+                yield replace(group, attributes=None)
+
+    with pytest.raises(UserError, match=r"no response of the training data is rated"):
+        train(**arguments(tmp_path / "run") | {"data": Unrated()})
+    assert not (tmp_path / "run/metrics.csv").exists()
+
+
+def test_a_backbone_drawn_at_random_is_not_named_after_the_one_it_looks_like(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoConfig
+
+    folder = tmp_path / "Famous-8B"
+    AutoConfig.for_model(**SHAPE, vocab_size=270).save_pretrained(folder)
+    backbone = Backbone(TrainedTokenizer(270), path=str(folder), init="random")
+    options: dict[str, Any] = {"validate_every": None, "optimized_metric": None, "max_steps": 1}
+    train(**arguments(tmp_path / "run", **options) | {"backbone": backbone})
+    assert "Famous" not in (tmp_path / "run/export/reward_model.json").read_text()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_run_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -221,6 +252,17 @@ def test_differing_keys_are_dotted_and_know_absent_ones() -> None:
     assert is_among("trainer.devices", ("trainer.devices",))
     assert is_among("logger.project", ("logger",))
     assert not is_among("trainer.devices_x", ("trainer.devices",))
+
+
+def test_a_run_whose_rate_decays_to_its_end_keeps_its_end(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    longer = {"batching": {"max_steps": 9}}
+    for decay, refused in (("constant", False), ("linear", True)):
+        module = {"module": {"decay": decay}}
+        folder.write_result({"kind": "train"})
+        folder.keep("config.yaml", {"batching": {"max_steps": 5}} | module)
+        with pytest.raises(UserError, match="max_steps") if refused else nullcontext():
+            assert finished_result(folder, longer | module) is None
 
 
 def test_lock_ends_with_its_block(tmp_path: Path) -> None:

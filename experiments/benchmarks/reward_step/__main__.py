@@ -1,6 +1,6 @@
 """Measure one reward-model training step against TRL's RewardTrainer.
 
-    python -m experiments.benchmarks.reward_step --size S M --dtype fp32 bf16 --rounds 16
+    python -m experiments.benchmarks.reward_step --size S M --dtype fp32 bf16 --rounds 12
 
 ``experiments/benchmarks/README.md`` says what is measured and how.
 """
@@ -24,7 +24,7 @@ from rich.console import Console
 
 from experiments.benchmarks.reward_step.cost import SIZES, VOCABULARY
 from experiments.benchmarks.reward_step.job import LIMITS, Corpus, Job, load_corpus, make_job
-from experiments.benchmarks.reward_step.summary import RATES, spread, summarise, table
+from experiments.benchmarks.reward_step.summary import RATES, Heat, spread, summarise, table
 from experiments.benchmarks.reward_step.turns import Worker
 from helpsteer2.records import environment, write_json_atomic
 
@@ -86,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["S", "M"])
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=16, help="measured steps of each contender")
+    parser.add_argument("--rounds", type=int, default=12, help="measured steps of each contender")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--at-once", type=int, default=2, help="peers alive together with ours")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens-per-microbatch", type=int, default=8192, help="of ours")
     parser.add_argument("--output", default="experiments/benchmarks/results/reward_step.json")
@@ -100,16 +101,36 @@ def _parser() -> argparse.ArgumentParser:
 
 def _case(size: str, job: Job, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure one model size in one precision."""
+    peers, n = arguments.peers, arguments.at_once
+    heats = [
+        _heat(f"{size} {job.dtype}", job, peers[i : i + n], arguments.threads, console)
+        for i in range(0, max(len(peers), 1), n)
+    ]
+    return {
+        "size": size,
+        "dtype": job.dtype,
+        "model": {**job.size.config(), "linear_parameters": job.size.linear_parameters},
+        "rounds": job.measured_steps,
+        "groups_per_step": job.size.groups_per_step,
+        "matmul_flops_per_second": {
+            name: spread([rate[name] for heat in heats for rate in heat.rates]) for name in RATES
+        },
+        "contenders": summarise(heats, OURS),
+    }
+
+
+def _heat(title: str, job: Job, peers: Sequence[str], threads: int, console: Console) -> Heat:
+    """Measure ours and some peers, one step each in turn."""
     contenders = {
         OURS: (f"{HERE}.ours", {}),
-        **{name: (f"{HERE}.peer", PEERS[name]) for name in arguments.peers},
+        **{name: (f"{HERE}.peer", PEERS[name]) for name in peers},
         MATMUL: (f"{HERE}.matmul", {}),
     }
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     with ExitStack() as stack:
         workers = []
         for name, (module, options) in contenders.items():
-            workers.append(Worker(name, module, arguments.threads, job=job, **options))
+            workers.append(Worker(name, module, threads, job=job, **options))
             stack.callback(workers[-1].close)
         for worker in workers:
             worker.wait_ready()
@@ -118,18 +139,11 @@ def _case(size: str, job: Job, arguments: argparse.Namespace, console: Console) 
             for worker in workers[first:] + workers[:first]:
                 turns[worker.name].append(worker.turn())
             seconds = "  ".join(f"{n} {t[-1]['seconds']:.2f}s" for n, t in turns.items())
-            console.print(f"{size} {job.dtype} {round_number + 1}/{job.total_steps}  {seconds}")
+            line = f"{title} {round_number + 1}/{job.total_steps}  {seconds}"
+            console.print(line, soft_wrap=True)
     measured = {name: rounds[job.warmup_steps :] for name, rounds in turns.items()}
     rates = measured.pop(MATMUL)
-    return {
-        "size": size,
-        "dtype": job.dtype,
-        "model": {**job.size.config(), "linear_parameters": job.size.linear_parameters},
-        "rounds": job.measured_steps,
-        "groups_per_step": job.size.groups_per_step,
-        "matmul_flops_per_second": {name: spread([rate[name] for rate in rates]) for name in RATES},
-        "contenders": summarise(measured, rates, OURS),
-    }
+    return Heat(measured, rates)
 
 
 def _best(case: Mapping[str, Any]) -> str:
@@ -137,7 +151,7 @@ def _best(case: Mapping[str, Any]) -> str:
     peers = {name: c for name, c in case["contenders"].items() if name != OURS}
     if not peers:
         return ""
-    best = min(peers, key=lambda name: peers[name]["ours_is_faster"]["same_groups"])
+    best = max(peers, key=lambda name: peers[name]["groups_per_second"]["median"])
     return f"TRL's fastest setting: {best}"
 
 

@@ -156,7 +156,7 @@ def _source(real_data: str | None) -> tuple[GroupSource, str]:
     from helpsteer2.world.generator import WorldSource
 
     if real_data is None:
-        return WorldSource(groups=4096, validation_groups=1, seed=0), "embedded world"
+        return WorldSource(groups=1024, validation_groups=1, seed=0), "embedded world"
     return HelpSteer2(path=str(Path(real_data) / "helpsteer2_slice")), "real HelpSteer2 slice"
 
 

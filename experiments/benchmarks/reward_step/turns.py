@@ -115,7 +115,7 @@ class Worker:
             self._process.join()
             raise RuntimeError(
                 f"{self.name} died with exit code {self._process.exitcode}; -9 means that memory "
-                "ran out: run fewer contenders at once"
+                "ran out: lower --at-once"
             ) from None
         if "error" in report:
             raise RuntimeError(f"{self.name} failed:\n{report['error']}")

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from helpsteer2.data.packing import PackedLayout
 
+DTYPES = (torch.float16, torch.bfloat16)
+"""What the kernels compute in."""
+
 
 @dataclass(frozen=True)
 class VarlenTable:
@@ -44,9 +47,7 @@ class VarlenTable:
         """Make the table of a layout on a device, without waiting for it."""
         keys: list[np.ndarray] = []
         queries: list[int] = []
-        for start, prompt, responses in zip(
-            layout.group_starts, layout.prompt_lengths, layout.response_lengths, strict=False
-        ):
+        for start, prompt, responses in layout.segments():
             context = np.arange(start, start + prompt)
             keys.append(context)
             queries.append(prompt)
@@ -76,7 +77,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, VarlenTable, float, int | None], Tens
 @cache
 def kernel() -> Kernel | None:
     """The kernel of this machine: flash-attn's if it is installed, else torch's, else None."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn

@@ -89,4 +89,4 @@ def attention(
     out = function(
         q, k, v, block_mask=masks[window], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+    return out.transpose(1, 2).contiguous()  # type: ignore[no-any-return]

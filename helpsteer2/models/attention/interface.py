@@ -54,13 +54,16 @@ class PackedContext:
         return flash.VarlenTable.build(self.batch.layout, self.batch.input_ids.device)
 
 
-def choose_backend(choice: AttentionChoice, device: torch.device | str) -> Backend:
+def choose_backend(
+    choice: AttentionChoice, device: torch.device | str, dtype: torch.dtype
+) -> Backend:
     """The backend that a model on a device will use.
 
     Args:
-        choice: ``auto`` takes ``sdpa`` on the CPU; on a GPU ``flash`` if there is a kernel, else
-            ``flex``.
+        choice: ``auto`` takes ``sdpa`` on the CPU; on a GPU ``flash`` if there is a kernel and the
+            dtype is one it takes, else ``flex``.
         device: Where the model will run.
+        dtype: What attention computes in: autocast's, or else that of the weights.
 
     Returns:
         The backend, also said in the log.
@@ -68,9 +71,15 @@ def choose_backend(choice: AttentionChoice, device: torch.device | str) -> Backe
     Raises:
         UserError: If the backend asked for cannot run there.
     """
-    on_gpu = torch.device(device).type == "cuda"
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise UserError(
+            f"attention: no backend runs on {kind!r} devices: use a CUDA GPU or the CPU "
+            "(trainer.accelerator=cpu)"
+        )
+    on_gpu, half = kind == "cuda", dtype in flash.DTYPES
     if choice == "auto":
-        backend: Backend = "sdpa" if not on_gpu else "flash" if flash.kernel() else "flex"
+        backend: Backend = "sdpa" if not on_gpu else "flash" if half and flash.kernel() else "flex"
     else:
         backend = choice
     if backend == "sdpa" and on_gpu:
@@ -80,7 +89,13 @@ def choose_backend(choice: AttentionChoice, device: torch.device | str) -> Backe
     if backend == "flash" and flash.kernel() is None:
         raise UserError(
             "attention: flash needs flash-attn (pip install 'helpsteer2[flash]' "
-            "--no-build-isolation) or a torch with torch.nn.attention.varlen; choose flex otherwise"
+            "--no-build-isolation) or a torch with torch.nn.attention.varlen, and a GPU of compute "
+            "capability 8 or more; choose flex otherwise"
+        )
+    if backend == "flash" and not half:
+        raise UserError(
+            f"attention: flash kernels do not compute in {dtype}: set trainer.precision=bf16-mixed "
+            "(for scoring dtype=bfloat16), or choose auto or flex"
         )
     logger.info("attention backend: %s (asked for: %s)", backend, choice)
     return backend
@@ -97,8 +112,16 @@ def implementation_name(backend: Backend) -> str:
     return name
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Packed rows need no mask tensor: the segment table is the mask."""
+@dataclass(frozen=True)
+class _Window:
+    """Stands where a mask tensor would: a sliding window of so many positions."""
+
+    positions: int
+
+
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> _Window | None:
+    """Packed rows need no mask tensor: the segment table is the mask, but for a window."""
+    return None if local_size is None else _Window(local_size)
 
 
 def _packed_attention(
@@ -106,7 +129,7 @@ def _packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | _Window | None,
     *,
     packed: PackedContext | None = None,
     scaling: float | None = None,
@@ -116,9 +139,13 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls; q, k, v ``(1, H, T, D)``, out ``(1, T, H, D)``."""
     if packed is None:
-        raise RuntimeError(
-            "this model is set up for packed batches: call it through packed_hidden_states"
+        raise UserError(
+            f"{type(module).__name__} got no packed batch: call the model through "
+            "packed_hidden_states; if that was done, this decoder does not hand arguments on to "
+            "its attention: choose another backbone"
         )
+    if isinstance(attention_mask, _Window):  # some decoders put it in the mask alone
+        sliding_window, attention_mask = attention_mask.positions, None
     # Softcaps, sinks, masks, … would be ignored silently by a kernel that does not know them.
     strange = sorted(
         name
@@ -127,6 +154,10 @@ def _packed_attention(
     )
     if attention_mask is not None:
         strange.append("attention_mask")
+    if value.shape[-1] != query.shape[-1]:
+        strange.append("values narrower or wider than keys")
+    if not getattr(module, "is_causal", True):
+        strange.append("two-way attention")
     if dropout and module.training:
         strange.append(f"attention dropout {dropout}")
     if strange:
@@ -175,9 +206,15 @@ def check_packable(model: PreTrainedModel) -> None:
 
 
 def _check_positions(config: PreTrainedConfig, batch: PackedBatch) -> None:
-    """Refuse rows whose rotary embedding would depend on the other groups in the row."""
+    """Refuse groups beyond learned positions, and rows whose groups would share a rotary scale."""
     span = batch.layout.max_span
     rope = getattr(config, "rope_parameters", None) or {}
+    learned = None if rope else getattr(config, "max_position_embeddings", None)
+    if learned is not None and span > learned:
+        raise UserError(
+            f"the backbone has positions for {learned} tokens, and a group here has {span}: lower "
+            "lengths.max_prompt_tokens and lengths.max_response_tokens"
+        )
     variants = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
     for variant in variants:
         if variant.get("rope_type") in {"dynamic", "longrope"}:
@@ -203,7 +240,7 @@ def packed_hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tenso
         ``(T, H)``, after the final norm.
 
     Raises:
-        UserError: If the backbone's rotary embedding does not allow these lengths.
+        UserError: If the backbone's positions do not allow these lengths.
     """
     _check_positions(backbone.config.get_text_config(), batch)
     output = backbone(

@@ -40,19 +40,20 @@ def attention(
     Returns:
         ``(1, T, H, D)``, of the dtype of ``q``.
     """
+    # The CPU kernel takes longer in bf16 than in fp32: forward 1.4 times, backward 1.9 times.
+    dtype = q.dtype
+    q, k, v = q.float(), k.float(), v.float()
     if k.shape[1] != q.shape[1]:  # the kernel's backward wants one key head a query head
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     if window is not None and window < layout.max_span:
-        return _windowed(q, k, v, layout, scale, window)
-    return _SharedPromptAttention.apply(q, k, v, layout, scale)  # type: ignore[no-any-return]
+        return _windowed(q, k, v, layout, scale, window).to(dtype)
+    return _SharedPromptAttention.apply(q, k, v, layout, scale).to(dtype)  # type: ignore[no-any-return]
 
 
 def _segments(layout: PackedLayout) -> Iterator[tuple[slice, slice, list[slice]]]:
     """Of each group: the prompt, all its responses together, and each response."""
-    for start, prompt, responses in zip(
-        layout.group_starts, layout.prompt_lengths, layout.response_lengths, strict=False
-    ):
+    for start, prompt, responses in layout.segments():
         parts, at = [], start + prompt
         for length in responses:
             parts.append(slice(at, at + length))
@@ -75,6 +76,8 @@ class _SharedPromptAttention(torch.autograd.Function):
                 out[:, :, own], lse[:, :, own] = _forward(
                     q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scale
                 )
+            if not parts:
+                continue
             shared, shared_lse = _forward(
                 q[:, :, responses], k[:, :, prompt], v[:, :, prompt], 0.0, False, scale=scale
             )
@@ -98,6 +101,8 @@ class _SharedPromptAttention(torch.autograd.Function):
                     grad[:, :, own], q[:, :, own], k[:, :, own], v[:, :, own],
                     out[:, :, own], lse[:, :, own], 0.0, True, scale=ctx.scale,
                 )  # fmt: skip
+            if not parts:
+                continue
             shared_dq, shared_dk, shared_dv = _backward(
                 grad[:, :, responses], q[:, :, responses], k[:, :, prompt], v[:, :, prompt],
                 out[:, :, responses], lse[:, :, responses], 0.0, False, scale=ctx.scale,
@@ -129,4 +134,4 @@ def _windowed(
                     q[:, :, own], keys, values, attn_mask=mask, scale=scale
                 )
             )
-    return torch.cat(outputs, 2).transpose(1, 2)
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()  # some decoders take a view of it
