@@ -163,6 +163,7 @@ def pack(groups: Sequence[TokenGroup], multiple: int = 1) -> PackedBatch:
     ends = np.cumsum(lengths)
     is_response = np.array(kinds) > 0
     positions = np.arange(ends[-1]) + np.repeat(np.array(starts) - (ends - lengths), lengths)
+    positions[layout.n_tokens :] = 0  # padding must not ask for positions that no group has
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate(segments).astype(np.int64)),
         position_ids=torch.from_numpy(positions),

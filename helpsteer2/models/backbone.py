@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,6 +105,7 @@ class Backbone:
         if self.path is not None:
             config = self._from_path(AutoConfig, self.path, **changes)
         elif "model_type" in changes:
+            self._check_keys(changes)
             changes.setdefault("vocab_size", len(tokenizer))
             config = AutoConfig.for_model(**changes)
         else:
@@ -164,6 +166,26 @@ class Backbone:
                     "set backbone=local backbone.path=DIR (a folder of a transformers causal LM)",
                 )
             raise UserError(f"backbone.path={path}: cannot be loaded: {error}") from error
+
+    @staticmethod
+    def _check_keys(changes: Mapping[str, Any]) -> None:
+        """Refuse a misspelt key: transformers would keep it and train the default size."""
+        from transformers import AutoConfig
+
+        try:
+            known = set(AutoConfig.for_model(changes["model_type"]).to_dict())
+        except ValueError as error:
+            raise UserError(
+                f"backbone.config.model_type={changes['model_type']}: {error}"
+            ) from error
+        known |= {"model_type", "rope_theta", "rope_scaling"}  # the older names of rope_parameters
+        for key in changes:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(
+                    f"backbone.config.{key} is unknown to {changes['model_type']}{hint}"
+                )
 
     @staticmethod
     def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

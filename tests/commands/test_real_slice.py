@@ -49,11 +49,11 @@ def test_the_real_slice_end_to_end(real_data: Path, tmp_path: Path) -> None:
     train = [
         "train", "experiment=reward/local_slice", f"data.path={slice_dir}", f"run_dir={run}",
         f"cache_dir={tmp_path / 'cache'}", "trainer=cpu", "batching.epochs=null",
-        "schedule.validate_every=15",
+        "batching.global_batch=8", "lengths.max_response_tokens=256", "schedule.validate_every=40",
     ]  # fmt: skip
-    helpsteer2(*train, "batching.max_steps=30")
+    helpsteer2(*train, "batching.max_steps=40")
     trained = result(run)
-    assert trained["steps"] == 30
+    assert trained["steps"] == 40
     losses = logged(run / "metrics.csv", "train/loss")
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     plain = AutoModelForSequenceClassification.from_pretrained(run / "export")

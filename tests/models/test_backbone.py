@@ -85,8 +85,9 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer: PreTrainedTokeniz
 def test_nothing_is_left_to_chance_in_training(tokenizer: PreTrainedTokenizerFast) -> None:
     # OPT calls it plainly `dropout`.
     config = {
-        **SIZES, "model_type": "opt", "vocab_size": 320, "ffn_dim": 48, "word_embed_proj_dim": 32,
-        "dropout": 0.5, "layerdrop": 0.5,
+        "model_type": "opt", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 512, "ffn_dim": 48,
+        "word_embed_proj_dim": 32, "dropout": 0.5, "layerdrop": 0.5,
     }  # fmt: skip
     model = Backbone(TRAINED, init="random", config=config).build(tokenizer, seed=7)
     batch = pack(make_groups([2, 3]))
@@ -137,6 +138,14 @@ def test_what_cannot_be_built_is_refused(
         Backbone(TRAINED, init="random").build(tokenizer, seed=0)
     with pytest.raises(UserError, match="cannot be loaded"):
         Backbone(TRAINED, path=str(tmp_path)).build(tokenizer, seed=0)
+
+
+def test_a_misspelt_size_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    misspelt = Backbone(TRAINED, init="random", config={**RANDOM, "num_hiden_layers": 2})
+    with pytest.raises(UserError, match=r"num_hiden_layers.*did you mean num_hidden_layers"):
+        misspelt.build(tokenizer, seed=0)
+    with pytest.raises(UserError, match=r"model_type=lama"):
+        Backbone(TRAINED, init="random", config={"model_type": "lama"}).build(tokenizer, seed=0)
 
 
 def test_a_hub_id_without_network_names_the_local_way(

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--at-once", type=int, default=2, help="peers alive together with ours")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=8192, help="of ours")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=4096, help="of ours")
     parser.add_argument("--output", default="experiments/benchmarks/results/reward_step.json")
     parser.add_argument(
         "--cache-dir", default=os.environ.get("HELPSTEER2_CACHE", "~/.cache/helpsteer2")

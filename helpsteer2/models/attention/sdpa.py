@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from helpsteer2.data.packing import PackedLayout
 
@@ -90,6 +91,7 @@ class _SharedPromptAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         grad, out = grads[0].transpose(1, 2), output.transpose(1, 2)
