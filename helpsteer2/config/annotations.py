@@ -47,11 +47,13 @@ class Choice:
         label: How it is written in an error.
         accepts: Whether a value fits it.
         literal: The one allowed value if it is a member of ``Literal``, else None.
+        value: Annotation of the values if it is a mapping, else None.
     """
 
     label: str
     accepts: Callable[[Any], bool]
     literal: Any = None
+    value: ast.expr | None = None
 
 
 def fits(value: Any, annotation: ast.expr | None, module: Module) -> bool:
@@ -143,7 +145,11 @@ def _subscripted(annotation: ast.Subscript, module: Module) -> Iterator[Choice]:
             lambda value: _is_sequence(value, lambda item: fits(item, members[0], module)),
         )
     elif name in _MAPPINGS and len(members) == 2:
-        yield Choice(ast.unparse(annotation), lambda value: _is_mapping(value, members, module))
+        yield Choice(
+            ast.unparse(annotation),
+            lambda value: _is_mapping(value, members, module),
+            value=members[1],
+        )
     else:
         # Callable[...], partial[...] and generic classes are judged by their name alone.
         yield from _named(annotation.value, module)

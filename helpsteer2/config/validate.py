@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -188,8 +188,8 @@ class _Checker:
             return False
         if _has_missing(value) or fits(value, parameter.annotation, parameter.module):
             return True
-        place = _join(path, key)
-        self.mistakes.append(Mistake(place, _type_message(place, value, parameter)))
+        for place, item, wanted in _unfit(_join(path, key), value, parameter):
+            self.mistakes.append(Mistake(place, _type_message(place, item, wanted)))
         return False
 
 
@@ -203,6 +203,21 @@ def _has_missing(value: Any) -> bool:
     if isinstance(value, list):
         return any(_has_missing(item) for item in value)
     return value is MISSING
+
+
+def _unfit(path: str, value: Any, parameter: Parameter) -> list[tuple[str, Any, Parameter]]:
+    """The values of a mapping that do not fit, or else all of it, each with what it has to be."""
+    assert parameter.annotation is not None
+    members = choices(parameter.annotation, parameter.module)
+    inner = next((member.value for member in members if member.value is not None), None)
+    if inner is None or not isinstance(value, dict) or TARGET in value:
+        return [(path, value, parameter)]
+    items = [
+        (_join(path, key), item, replace(parameter, annotation=inner))
+        for key, item in value.items()
+        if not fits(item, inner, parameter.module)
+    ]
+    return items or [(path, value, parameter)]
 
 
 def _type_message(path: str, value: Any, parameter: Parameter) -> str:

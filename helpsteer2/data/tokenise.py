@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from helpsteer2.data.chat import BoundChat
+from helpsteer2.data.chat import BoundChat, boundary_difference
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.lengths import CutReport, LengthLimits
 from helpsteer2.data.token_store import TokenisedGroups, TokenWriter, open_store
@@ -25,11 +25,14 @@ from helpsteer2.errors import DataError, Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same input would be stored as something else."""
 
 CHUNK = 256
 """Groups in one call of the tokenizer."""
+
+COMPARED = 64
+"""Groups whose ids are compared with those of whole conversations."""
 
 
 def encode_group(
@@ -118,6 +121,7 @@ def tokenise(
     if groups is None:
         raise UserError(f"tokenised data cannot be read back from {folder}: is the disk in order?")
     _log_cuts(split, groups.report, limits)
+    _log_boundary(split, groups.report, chat)
     return groups
 
 
@@ -137,6 +141,7 @@ def _write(
     report = CutReport()
     columns = _columns(source.attribute_names, attribute_names)
     problems: list[Problem] = []
+    compared: list[Group] = []
     index = 0
     try:
         with (
@@ -154,10 +159,14 @@ def _write(
                         continue
                     writer.add(tokens, group.id)
                     index += 1
+                    if len(compared) < COMPARED:
+                        compared.append(group)
                 advance(len(chunk))
             if problems:
                 raise DataError(problems)
-            writer.finish(key, report.counts())
+            differing = round(boundary_difference(chat, compared) * len(compared))
+            boundary = {"boundaries_compared": len(compared), "boundaries_differing": differing}
+            writer.finish(key, {**report.counts(), **boundary})
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -274,6 +283,17 @@ def _log_cuts(split: str, report: dict[str, int], limits: LengthLimits) -> None:
             *(split, report["prompts_cut"], report["groups"], report["turns_dropped"]),
             *(limits.max_prompt_tokens, report["responses_cut"], report["responses"]),
             *(limits.max_response_tokens, report["tokens_cut"]),
+        )
+
+
+def _log_boundary(split: str, report: dict[str, int], chat: BoundChat) -> None:
+    """Say how often the ids are not those of the whole conversation as one text, if ever."""
+    if report["boundaries_differing"]:
+        logger.info(
+            "%s: in %d of the first %d groups the ids differ from those of prompt and response as "
+            "one text: chat template %r has no special token between them",
+            *(split, report["boundaries_differing"], report["boundaries_compared"]),
+            chat.template_name,
         )
 
 

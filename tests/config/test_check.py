@@ -76,7 +76,7 @@ def test_wrong_overrides(project: Any, override: str, expected: str) -> None:
         ("engine.size=larg", "expected None | 'small' | 'large', got 'larg'; did you mean large?"),
         ("note=null", None),
         ("engine.size=None", "did you mean null?"),
-        ("weights.good=abc", "weights: expected Mapping[str, float]"),
+        ("weights.good=abc", "weights.good: expected float, got 'abc'  [command line]"),
         ("+wheel.cuont=3", "wheel.cuont: is unknown to PACKAGE.parts.Wheel; did you mean count?"),
         ("engine._target_=PACKAGE.parts.Motor", "PACKAGE.parts has no 'Motor'"),
         ("engine._target_=PACKAGE.parts.Wheel", "count: is missing: PACKAGE.parts.Wheel needs it"),
@@ -122,7 +122,15 @@ def test_all_mistakes_come_together(project: Any) -> None:
     lines = project.mistakes(
         "sed=1", "engine=smal", "engine.widht=1", "seed=abc", "note=3", "a=[1", "weights.good=x"
     )
-    starts = ["sed=1", "engine=smal", "engine.widht=1", "seed: ", "note: ", "a=[1", "weights: "]
+    starts = [
+        "sed=1",
+        "engine=smal",
+        "engine.widht=1",
+        "seed: ",
+        "note: ",
+        "a=[1",
+        "weights.good: ",
+    ]
     assert len(lines) == len(starts)
     assert all(any(line.startswith(start) for line in lines) for start in starts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,16 +100,21 @@ def export(
 
 
 CONVERSATIONS = [
-    ("What is the capital of France?", ["The capital is Paris.", "Good morning, good morning!"]),
-    ("Hi", ["Hello"]),
-    ("Good morning! " * 6, ["To you!", "The", "Paris, Paris, Paris and Paris."]),
+    (["What is the capital of France?"], ["The capital is Paris.", "Good morning, good morning!"]),
+    (["Hi"], ["Hello"]),
+    (["Good morning! " * 6], ["To you!", "The", "Paris, Paris, Paris and Paris."]),
+    (["Good morning!", "To you!", "What is the capital?"], ["Paris.", "Paris and Paris."]),
 ]
+"""Turns, the user's and the assistant's in turn, and the responses to the last."""
 
 
 def pack_conversations(chat: BoundChat) -> tuple[PackedBatch, list[list[int]]]:
     groups, sequences = [], []
-    for index, (question, answers) in enumerate(CONVERSATIONS):
-        messages = [{"role": "user", "content": question}]
+    for index, (turns, answers) in enumerate(CONVERSATIONS):
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(itertools.cycle(("user", "assistant")), turns, strict=False)
+        ]
         prompt = chat.prompt_ids(messages)
         responses = [chat.response_ids(messages, answer)[0] for answer in answers]
         sequences += [prompt + response for response in responses]

@@ -111,8 +111,8 @@ def table(case: Mapping[str, Any]) -> Table:
     result = Table(
         title=f"{case['size']} {case['dtype']}: {case['groups_per_step']} groups a step, "
         f"{case['rounds']} rounds; matmul GFLOP/s: {shown}",
-        caption="medians; matmul share: of the square's rate / of the layers'; ours is so many "
-        "times as fast: per round [quartiles] / ratio of medians / ratio of total times",
+        caption="medians; matmul share: of the square's rate / of the layers'\n"
+        "ours is faster: per round \\[quartiles] / ratio of medians / ratio of total times",
     )
     result.add_column("")
     for column in ("groups/s", "tokens/s", "padding", "matmul share", "peak MiB", "ours is faster"):
