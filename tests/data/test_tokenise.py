@@ -117,6 +117,23 @@ class TestContents:
         if n > 1:
             assert min(report.counts().values()) > 0, "the test data must need cuts"
 
+    def test_it_is_said_how_often_ids_apart_are_not_those_of_one_text(self, tmp_path, caplog):
+        # The split joins newlines on both sides of the boundary into one word.
+        groups = tuple(group(i, ("Six.", "\n\nTwo." if i % 4 else "Two.")) for i in range(100))
+        chatml = ChatFormat().bind(sample.chatml())
+        with caplog.at_level("INFO", "helpsteer2.data.tokenise"):
+            stored = tokenise(FakeSource(groups), "train", chatml, LIMITS, (), tmp_path)
+        found = (stored.report["boundaries_differing"], stored.report["boundaries_compared"])
+        assert found == (48, 64)
+        assert "in 48 of the first 64 groups the ids differ" in caplog.text
+
+    def test_nothing_is_said_at_a_special_boundary(self, chat, tmp_path, caplog):
+        with caplog.at_level("INFO", "helpsteer2.data.tokenise"):
+            stored = tokenise(FakeSource(rated(9)), "train", chat, LIMITS, (), tmp_path)
+        assert stored.report["boundaries_differing"] == 0
+        assert stored.report["boundaries_compared"] == 9
+        assert "the ids differ" not in caplog.text
+
     def test_uncut_ids_decode_to_the_text(self, chat, tmp_path):
         groups = rated(30)
         stored = tokenise(
