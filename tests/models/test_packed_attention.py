@@ -13,7 +13,13 @@ from transformers import AutoConfig, AutoModel
 
 from helpsteer2.data.packing import pack
 from helpsteer2.errors import UserError
-from helpsteer2.models.attention import check_packable, choose_backend, flash, flex
+from helpsteer2.models.attention import (
+    check_architecture,
+    check_packable,
+    choose_backend,
+    flash,
+    flex,
+)
 from helpsteer2.models.attention.interface import PackedContext, implementation_name
 from helpsteer2.models.attention.sdpa import attention as sdpa_attention
 
@@ -332,3 +338,14 @@ def test_block_masks_are_built_once_a_batch() -> None:
     context = PackedContext(pack(make_groups([2])))
     assert context.flex_masks[None] is context.flex_masks[None]
     assert context.varlen_table is context.varlen_table
+
+
+@pytest.mark.parametrize(
+    ("model_type", "what"),
+    [("gptj", "attention interface"), ("gemma3", "beside its text decoder"), ("mamba", "Mamba")],
+)
+def test_an_architecture_that_cannot_be_packed_is_refused_before_it_is_built(
+    model_type: str, what: str
+) -> None:
+    with pytest.raises(UserError, match=what):
+        check_architecture(AutoConfig.for_model(model_type))

@@ -3,7 +3,7 @@
 The kernel knows nothing of shared prompts. So every response gets its prompt's keys and values
 gathered in front of its own, and one call aligned to the bottom right does the rest: query i of a
 response of m tokens behind p prompt tokens sees keys 0 … p + i. The gather costs memory traffic,
-no FLOPs, and its gradient is autograd's own index-add.
+no FLOPs, and autograd adds up the gradients of a key that was gathered more than once.
 """
 
 from __future__ import annotations
@@ -97,13 +97,21 @@ def _flash_attn(
     )  # fmt: skip
 
 
+@cache
+def _varlen_arguments() -> frozenset[str]:
+    """What torch's varlen attention takes, which differs between versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def _torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, table: VarlenTable, scale: float, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, object] = {"scale": scale}
-    accepted = inspect.signature(varlen_attn).parameters
+    accepted = _varlen_arguments()
     if "window_size" in accepted:  # torch ≥ 2.11 says causality by a window of zero to the right
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is None:

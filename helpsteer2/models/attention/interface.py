@@ -179,6 +179,28 @@ def _packed_attention(
     return flash.attention(query, key, value, table, scale, sliding_window, call), None
 
 
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Refuse, before any weight is made, what is no decoder of text on the attention interface.
+
+    Args:
+        config: The model's config.
+
+    Raises:
+        UserError: For models of more than text, and for those outside the attention interface:
+            transformers would fail on them somewhere inside.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"{config.model_type} has parts beside its text decoder: choose a backbone of text "
+            "alone (Llama, Qwen, Mistral, … work)"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None and not model_class._supports_attention_backend:
+        raise UserError(_outside_interface(model_class.__name__))
+
+
 def check_packable(model: PreTrainedModel) -> None:
     """Refuse an architecture whose layers do not all go through the attention interface.
 
@@ -199,10 +221,14 @@ def check_packable(model: PreTrainedModel) -> None:
             "packed: choose a backbone of full or sliding attention"
         )
     if not model._supports_attention_backend or not getattr(config, "is_causal", True):
-        raise UserError(
-            f"{type(model).__name__} does not use transformers' attention interface as a causal "
-            "decoder: choose another backbone (Llama, Qwen, Mistral, … work)"
-        )
+        raise UserError(_outside_interface(type(model).__name__))
+
+
+def _outside_interface(name: str) -> str:
+    return (
+        f"{name} does not use transformers' attention interface as a causal decoder: choose "
+        "another backbone (Llama, Qwen, Mistral, … work)"
+    )
 
 
 def _check_positions(config: PreTrainedConfig, batch: PackedBatch) -> None:
