@@ -259,6 +259,12 @@ class BoundChat:
             return [bos, *ids] if self._wants_bos else ids
         return ids[written - 1 :]
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether ids begin with a BOS that the template does not write."""
+        question: list[Message] = [{"role": "user", "content": "a"}]
+        return self.prompt_ids(question) != self.encode([self.render(question, True)])[0]
+
     def closing_count(self, ids: Sequence[int]) -> int:
         """Closing tokens at the end of a response's ids.
 

@@ -55,8 +55,8 @@ class Batching:
 
 
 ROW_MULTIPLE = 256
-"""Rows are padded to a multiple of this where kernels are made for each length: oneDNN compiles its
-bf16 matrix products anew for every length it meets."""
+"""Rows are padded to a multiple of this on the CPU in bf16: oneDNN compiles its matrix products for
+every length anew."""
 
 
 def _pack(groups: TokenisedGroups, micro_batch: MicroBatch, multiple: int = 1) -> PackedBatch:
@@ -153,12 +153,13 @@ class GroupDataModule(pl.LightningDataModule):
         """One item an optimizer step: this rank's micro-batches, from the trainer's step on."""
         trainer = self.trainer
         assert trainer is not None
+        on_cpu = trainer.strategy.root_device.type == "cpu"
         stream = StepStream(
             self.train,
             self.plan(trainer.world_size),
             trainer.global_rank,
             trainer.global_step,
-            ROW_MULTIPLE if trainer.precision == "bf16-mixed" else 1,
+            ROW_MULTIPLE if on_cpu and trainer.precision == "bf16-mixed" else 1,
         )
         return DataLoader(stream, batch_size=None)
 

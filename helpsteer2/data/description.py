@@ -1,57 +1,38 @@
-"""Running statistics of groups: ratings, lengths, ties. One pass, memory flat."""
+"""What a data set holds: ratings, lengths, correlations, ties, preferences. One pass, memory flat.
+
+The columns are those of table 2 of the HelpSteer2 paper. Every response counts once, also for the
+lengths of its prompt.
+
+Source: arXiv 2406.08673, table 2.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from helpsteer2.attributes import RATING_MAX
 from helpsteer2.data.groups import Group
+from helpsteer2.data.rater_agreement import RaterAgreement
+from helpsteer2.functional.running import PairwiseMoments, UniformSample
+from helpsteer2.functional.statistics import FloatArray
 
 REFERENCE = "helpfulness"
 """The attribute that every column is correlated with, as in table 2 of the HelpSteer2 paper."""
 
+LENGTHS = ("prompt turns", "prompt characters", "response characters")
+"""Turns are all messages but a system one; characters are those of the messages' text."""
 
-@dataclass(slots=True)
-class Moments:
-    """Sums of a quantity x, and of its pairs with a reference y where both are known."""
+SAMPLE_SIZE = 50_000
+"""Responses kept for histograms."""
 
-    n: int = 0
-    sum_x: float = 0.0
-    sum_xx: float = 0.0
-    pairs: int = 0
-    pair_sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-
-    def add(self, x: float | None, y: float | None = None) -> None:
-        """Take one value in; unknown ones are left out."""
-        if x is None:
-            return
-        self.n += 1
-        self.sum_x += x
-        self.sum_xx += x * x
-        if y is not None:
-            self.pairs += 1
-            for i, term in enumerate((x, y, x * x, y * y, x * y)):
-                self.pair_sums[i] += term
-
-    def mean(self) -> float:
-        """Mean, NaN without values."""
-        return self.sum_x / self.n if self.n else math.nan
-
-    def std(self) -> float:
-        """Sample standard deviation (n − 1), NaN below two values."""
-        if self.n < 2:
-            return math.nan
-        return math.sqrt(max(0.0, (self.sum_xx - self.sum_x**2 / self.n) / (self.n - 1)))
-
-    def pearson(self) -> float:
-        """Correlation of x and y where both are known, NaN if one of them is constant."""
-        if self.pairs < 2:
-            return math.nan
-        x, y, xx, yy, xy = (total / self.pairs for total in self.pair_sums)
-        variances = (xx - x * x) * (yy - y * y)
-        return (xy - x * y) / math.sqrt(variances) if variances > 1e-18 else math.nan
+_BATCH = 512
 
 
 @dataclass(slots=True)
@@ -73,51 +54,116 @@ class Ties:
 
 
 class DataStatistics:
-    """What ``data describe`` tells of a split.
+    """What ``data describe`` tells of some groups.
 
     Args:
         attribute_names: Names of the rating columns.
+        resamples: Bootstrap draws behind the intervals of the raters' agreement.
+        seed: Seed of the draws and of the sample.
 
     Attributes:
         groups: Number of groups.
-        responses: Responses a group.
-        attributes: Ratings of each attribute, against helpfulness.
-        ties: Ties of each attribute, and of ``preference`` (strength 0).
-        lengths: Turns and characters of the prompt and characters of the response, each counted
-            once a response, against helpfulness.
+        column_names: The attributes, then ``LENGTHS``.
     """
 
-    def __init__(self, attribute_names: Sequence[str]) -> None:
+    def __init__(
+        self, attribute_names: Sequence[str], *, resamples: int = 1000, seed: int = 0
+    ) -> None:
         self.attribute_names = tuple(attribute_names)
+        self.column_names = (*self.attribute_names, *LENGTHS)
         self.groups = 0
-        self.responses = Moments()
-        self.fewest, self.most = 0, 0
-        self.attributes = {name: Moments() for name in attribute_names}
-        self.ties = {name: Ties() for name in attribute_names}
-        self.preference = Ties()
-        self.lengths = {
-            name: Moments() for name in ("prompt turns", "prompt characters", "response characters")
-        }
+        self._sizes: Counter[int] = Counter()
+        self._strengths: Counter[int] = Counter()
+        self._ties = {name: Ties() for name in self.attribute_names}
+        self._ratings = np.zeros((len(self.attribute_names), int(RATING_MAX) + 1), dtype=np.int64)
+        self._moments = PairwiseMoments(len(self.column_names))
+        self._sample = UniformSample(len(self.column_names), SAMPLE_SIZE, seed)
+        self._raters = RaterAgreement(self.attribute_names, resamples=resamples, seed=seed)
+        self._pending: list[tuple[float | None, ...]] = []
 
     def add(self, group: Group) -> None:
         """Take in one group."""
         n = len(group.responses)
         self.groups += 1
-        self.responses.add(n)
-        self.fewest = min(self.fewest or n, n)
-        self.most = max(self.most, n)
+        self._sizes[n] += 1
         if group.preference_strength is not None:
-            self.preference.pairs += 1
-            self.preference.equal += group.preference_strength == 0
+            self._strengths[group.preference_strength] += 1
         ratings = group.attributes or ((None,) * len(self.attribute_names),) * n
         for i, name in enumerate(self.attribute_names):
-            self.ties[name].add([row[i] for row in ratings])
+            self._ties[name].add([row[i] for row in ratings])
+        if group.annotations is not None:
+            self._raters.add(group.annotations)
+        turns = sum(message["role"] != "system" for message in group.prompt)
         characters = sum(len(message["content"]) for message in group.prompt)
-        at = self.attribute_names.index(REFERENCE) if REFERENCE in self.attribute_names else None
         for response, row in zip(group.responses, ratings, strict=True):
-            reference = None if at is None else row[at]
-            for name, value in zip(self.attribute_names, row, strict=True):
-                self.attributes[name].add(value, reference)
-            lengths = (len(group.prompt), characters, len(response))
-            for moments, length in zip(self.lengths.values(), lengths, strict=True):
-                moments.add(length, reference)
+            self._pending.append((*row, turns, characters, len(response)))
+        if len(self._pending) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Work off the responses that wait to be counted together."""
+        if not self._pending:
+            return
+        rows = np.array(self._pending, dtype=np.float64)  # None becomes NaN.
+        self._pending.clear()
+        self._moments.add(rows)
+        self._sample.add(rows)
+        for counts, column in zip(self._ratings, rows.T, strict=False):
+            known = column[~np.isnan(column)]
+            counts += np.bincount(np.floor(known + 0.5).astype(np.int64), minlength=len(counts))
+
+    def columns(self) -> dict[str, FloatArray]:
+        """The known values of each column, of all responses or of a sample of ``SAMPLE_SIZE``."""
+        self._flush()
+        values = zip(self.column_names, self._sample.rows().T, strict=True)
+        return {name: column[~np.isnan(column)] for name, column in values}
+
+    def result(self) -> dict[str, Any]:
+        """Every figure, as nested plain data; NaN where one cannot be computed.
+
+        Returns:
+            ``groups``; ``responses`` with their number a group; ``columns`` with the known values,
+            mean, std (n − 1) and Pearson correlation with helpfulness of each, for attributes also
+            the share of tied pairs and the counts of ratings by the nearest whole number;
+            ``correlations`` of every two columns; ``preferences`` and ``raters``, None without any.
+        """
+        self._flush()
+        counts, means, stds = self._moments.counts(), self._moments.means(), self._moments.stds()
+        correlations = self._moments.correlations()
+        reference = (
+            correlations[self.column_names.index(REFERENCE)]
+            if REFERENCE in self.attribute_names
+            else np.full(len(self.column_names), np.nan)
+        )
+        columns: dict[str, dict[str, Any]] = {
+            name: {
+                "known": int(counts[i]),
+                "mean": float(means[i]),
+                "std": float(stds[i]),
+                f"pearson_with_{REFERENCE}": float(reference[i]),
+            }
+            for i, name in enumerate(self.column_names)
+        }
+        for name, of_rating in zip(self.attribute_names, self._ratings, strict=True):
+            columns[name]["ties"] = self._ties[name].share()
+            columns[name]["counts"] = of_rating.tolist()
+        return {
+            "groups": self.groups,
+            "responses": {
+                "number": sum(n * times for n, times in self._sizes.items()),
+                "fewest": min(self._sizes, default=0),
+                "most": max(self._sizes, default=0),
+            },
+            "columns": columns,
+            "correlations": {"columns": self.column_names, "matrix": correlations},
+            "preferences": self._preferences(),
+            "raters": self._raters.result(),
+        }
+
+    def _preferences(self) -> dict[str, Any] | None:
+        """Groups with a preference, by its strength; None if there is no such group."""
+        known = self._strengths.total()
+        if not known:
+            return None
+        strengths = {strength: self._strengths[strength] for strength in range(-3, 4)}
+        return {"known": known, "strengths": strengths, "ties": self._strengths[0] / known}

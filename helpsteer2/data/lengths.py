@@ -36,8 +36,8 @@ class LengthLimits:
     """How long a prompt and a response may be.
 
     A prompt keeps its BOS, its system message and its last user turn: the oldest turns go first,
-    and a last turn that is too long by itself keeps its end. A response keeps the closing tokens
-    of the chat template, where a reward model reads its score, and loses the end of its content.
+    and a last turn that is too long by itself keeps its end. A response loses the end of its
+    content, in front of the closing tokens of the chat template or with them.
 
     Args:
         max_prompt_tokens: Longest prompt through the generation prompt, BOS included.
@@ -103,13 +103,17 @@ class LengthLimits:
         report.tokens_cut += len(ids) - len(kept)
         return kept
 
-    def fit_response(self, ids: list[int], chat: BoundChat, report: CutReport) -> list[int]:
-        """Cut the content of a response that is too long and close it as the template does.
+    def fit_response(
+        self, ids: list[int], chat: BoundChat, report: CutReport, close_cut: bool = True
+    ) -> list[int]:
+        """Cut the content of a response that is too long.
 
         Args:
             ids: Ids of the response, with its closing tokens.
             chat: Template and tokenizer.
             report: Counts the cuts.
+            close_cut: Whether the closing tokens stand behind the cut, as a reward model needs, or
+                are left out, so that a policy does not learn to stop there.
 
         Returns:
             At most ``max_response_tokens`` ids: those given if they fit.
@@ -120,7 +124,10 @@ class LengthLimits:
         if len(ids) <= self.max_response_tokens:
             return ids
         content = ids[: len(ids) - chat.closing_count(ids)]
-        kept = content[: self._content_room(chat)] + chat.closing_ids
+        if close_cut:
+            kept = content[: self._content_room(chat)] + chat.closing_ids
+        else:
+            kept = content[: self.max_response_tokens]
         report.responses_cut += 1
         report.tokens_cut += len(ids) - len(kept)
         return kept

@@ -13,10 +13,27 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from helpsteer2.data.tokens import TokenGroup
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The N response tokens of a row, response after response, as indices on the host.
+
+    Attributes:
+        positions: ``(N,)`` int64, place of each in the row.
+        predictors: ``(N,)`` int64, place of the token that predicts it: the one before it in its
+            response, and for the first of a response the last one of its prompt.
+        responses: ``(N,)`` int64, the response 0 … R−1 it belongs to.
+    """
+
+    positions: npt.NDArray[np.int64]
+    predictors: npt.NDArray[np.int64]
+    responses: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,17 @@ class PackedLayout:
     @cached_property
     def n_tokens(self) -> int:
         """Tokens of the groups: T without the padding."""
-        return sum(self.prompt_lengths) + sum(map(sum, self.response_lengths))
+        return sum(self.prompt_lengths) + self.n_response_tokens
 
     @cached_property
     def n_responses(self) -> int:
         """R, the number of responses in the row."""
         return sum(map(len, self.response_lengths))
+
+    @cached_property
+    def n_response_tokens(self) -> int:
+        """N, the tokens of all responses."""
+        return sum(map(sum, self.response_lengths))
 
     @cached_property
     def group_starts(self) -> tuple[int, ...]:
@@ -67,6 +89,24 @@ class PackedLayout:
         return max(
             prompt + max(responses)
             for prompt, responses in zip(self.prompt_lengths, self.response_lengths, strict=True)
+        )
+
+    @cached_property
+    def response_tokens(self) -> ResponseTokens:
+        """The response tokens, and what predicts each of them."""
+        positions, predictors = [], []
+        for start, prompt, responses in self.segments():
+            first = start + prompt
+            for length in responses:
+                positions.append(np.arange(first, first + length))
+                predictors.append(positions[-1] - 1)
+                predictors[-1][0] = start + prompt - 1
+                first += length
+        lengths = [len(part) for part in positions]
+        return ResponseTokens(
+            np.concatenate(positions),
+            np.concatenate(predictors),
+            np.repeat(np.arange(len(lengths)), lengths),
         )
 
 

@@ -7,11 +7,12 @@ segment ``first_segments[g] + 1 + r`` and row ``first_segments[g] - g + r`` of t
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -40,16 +41,23 @@ class Strings(Sequence[str]):
 
     Args:
         data: All bytes.
-        starts: First byte of each string, and the end of the last.
+        starts: First byte of each string.
+        ends: End of each string.
     """
 
-    def __init__(self, data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        data: npt.NDArray[np.uint8],
+        starts: npt.NDArray[np.int64],
+        ends: npt.NDArray[np.int64],
+    ) -> None:
         self._data = data
         self._starts = starts
+        self._ends = ends
 
     def __len__(self) -> int:
         """Number of strings."""
-        return len(self._starts) - 1
+        return len(self._starts)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -60,7 +68,11 @@ class Strings(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
-        return self._data[self._starts[i] : self._starts[i + 1]].tobytes().decode("utf-8")
+        return self._data[self._starts[i] : self._ends[i]].tobytes().decode("utf-8")
+
+    def select(self, positions: npt.NDArray[np.int64]) -> Strings:
+        """Those at some positions."""
+        return Strings(self._data, self._starts[positions], self._ends[positions])
 
 
 class TokenisedGroups:
@@ -73,7 +85,8 @@ class TokenisedGroups:
     Attributes:
         attribute_names: The A names of the columns of the ratings.
         fingerprint: Hash of everything that decided the contents.
-        report: Counts: groups, responses, tokens, and what the length limits cut.
+        report: Counts: groups, responses, tokens, what the length limits cut, and what a selection
+            left out.
         lengths: ``(G,)`` int64, tokens of each group (prompt once, every response once).
         ids: The G ids of the groups.
     """
@@ -85,12 +98,47 @@ class TokenisedGroups:
         self.report: dict[str, int] = meta["report"]
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
         self.lengths: npt.NDArray[np.int64] = columns["lengths"]
-        self.ids: Sequence[str] = Strings(columns["ids"], columns["id_starts"])
+        starts = columns["id_starts"]
+        self.ids = Strings(columns["ids"], starts[:-1], starts[1:])
         self._tokens = columns["tokens"]
         self._segments = columns["segments"]
         self._first_segments = columns["first_segments"]
         self._ratings = columns["ratings"]
         self._strength = columns["preference_strength"]
+        self._members: range | npt.NDArray[np.int64] = range(len(self.lengths))
+
+    def select(
+        self, positions: npt.NDArray[np.int64], counts: Mapping[str, int]
+    ) -> TokenisedGroups:
+        """Some of the groups, over the same files; each keeps its ``index`` in the data set.
+
+        Args:
+            positions: ``(S,)`` which ones.
+            counts: What was left out and why, for the report.
+
+        Returns:
+            The S groups.
+        """
+        selected = copy.copy(self)
+        selected.report = {**self.report, **counts}
+        selected.lengths = self.lengths[positions]
+        selected.ids = self.ids.select(positions)
+        selected._members = np.asarray(self._members, dtype=np.int64)[positions]
+        return selected
+
+    @property
+    def preference_strength(self) -> npt.NDArray[np.float32]:
+        """``(G,)`` float32, −3 … 3, NaN where unknown."""
+        return np.asarray(self._strength[self._members])
+
+    @property
+    def n_responses(self) -> npt.NDArray[np.int64]:
+        """``(G,)`` int64, responses of each group."""
+        return self._all_n_responses()[self._members]
+
+    def _all_n_responses(self) -> npt.NDArray[np.int64]:
+        """Responses of every stored group, selected or not; a group has a prompt besides."""
+        return np.asarray(np.diff(self._first_segments) - 1)
 
     def __len__(self) -> int:
         """Number of groups, G."""
@@ -98,7 +146,7 @@ class TokenisedGroups:
 
     def __getitem__(self, index: int) -> TokenGroup:
         """The group at a position, as copies in memory."""
-        i = range(len(self))[index]
+        i = int(self._members[index])
         first, end = (int(s) for s in self._first_segments[i : i + 2])
         borders = self._segments[first : end + 1]
         parts = [np.array(self._tokens[a:b]) for a, b in pairwise(borders)]
@@ -120,7 +168,9 @@ class TokenisedGroups:
 
     def _moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean and standard deviation over known ratings, in two passes."""
-        ratings = np.asarray(self._ratings, dtype=np.float64)
+        is_member = np.zeros(len(self._strength), dtype=bool)
+        is_member[self._members] = True
+        ratings = self._ratings[np.repeat(is_member, self._all_n_responses())].astype(np.float64)
         known = ~np.isnan(ratings)
         with np.errstate(invalid="ignore"):
             means = np.where(known, ratings, 0.0).sum(axis=0) / known.sum(axis=0)

@@ -75,6 +75,7 @@ def tokenise(
     limits: LengthLimits,
     attribute_names: Sequence[str],
     cache_dir: str | Path,
+    close_cut: bool = True,
 ) -> TokenisedGroups:
     """Encode a split, or reopen it if the same was encoded before.
 
@@ -88,24 +89,20 @@ def tokenise(
         limits: Longest prompt and response.
         attribute_names: The A attributes wanted; those that the source lacks become NaN.
         cache_dir: Folder for tokenised data.
+        close_cut: Whether responses that are cut keep their closing tokens (see
+            ``LengthLimits.fit_response``).
 
     Returns:
         The groups as memory maps.
 
     Raises:
         DataError: If rows are bad or responses empty; lists all of them.
-        UserError: If the source rates none of the wanted attributes, the limits are too small for
-            the template, or the cache cannot be written.
+        UserError: If the limits are too small for the template, or the cache cannot be written.
     """
     from filelock import FileLock
 
-    if attribute_names and not set(attribute_names) & set(source.attribute_names):
-        raise UserError(
-            f"the data rates {', '.join(source.attribute_names) or 'nothing'}, and none of the "
-            f"wanted attributes {', '.join(attribute_names)}: set attributes to names that it has"
-        )
     limits.check(chat)
-    key = _cache_key(source, split, chat, limits, attribute_names)
+    key = _cache_key(source, split, chat, limits, attribute_names, close_cut)
     folder = Path(cache_dir).expanduser() / "tokenised" / key
     groups = open_store(folder, key)
     if groups is None:
@@ -114,7 +111,7 @@ def tokenise(
             with FileLock(folder.with_suffix(".lock")):
                 groups = open_store(folder, key)  # another process may have been faster
                 if groups is None:
-                    _write(folder, key, source, split, chat, limits, attribute_names)
+                    _write(folder, key, source, split, chat, limits, attribute_names, close_cut)
                     groups = open_store(folder, key)
         except OSError as error:
             raise UserError(f"cannot write tokenised data to {folder.parent}: {error}") from error
@@ -133,6 +130,7 @@ def _write(
     chat: BoundChat,
     limits: LengthLimits,
     attribute_names: Sequence[str],
+    close_cut: bool,
 ) -> None:
     """Encode everything into a folder aside and move it into place."""
     aside = folder.with_suffix(".partial")
@@ -153,7 +151,9 @@ def _write(
                     try:
                         if isinstance(encoded, UserError):
                             raise encoded
-                        tokens = _token_group(group, index, encoded, chat, limits, columns, report)
+                        tokens = _token_group(
+                            group, index, encoded, chat, limits, columns, report, close_cut
+                        )
                     except UserError as error:
                         problems.append(_problem(group, str(error)))
                         continue
@@ -210,11 +210,12 @@ def _token_group(
     limits: LengthLimits,
     columns: Sequence[int | None],
     report: CutReport,
+    close_cut: bool = True,
 ) -> TokenGroup:
     """Cut the ids of a group and put its ratings in order."""
     prompt, responses = encoded
     prompt = limits.fit_prompt(group.prompt, prompt, chat, report)
-    responses = [limits.fit_response(ids, chat, report) for ids in responses]
+    responses = [limits.fit_response(ids, chat, report, close_cut) for ids in responses]
     ratings = np.full((len(group.responses), len(columns)), np.nan, dtype=np.float32)
     if group.attributes is not None:
         for target, column in enumerate(columns):
@@ -243,6 +244,7 @@ def _cache_key(
     chat: BoundChat,
     limits: LengthLimits,
     attribute_names: Sequence[str],
+    close_cut: bool,
 ) -> str:
     """Hash of everything that decides what is stored."""
     parts: dict[str, Any] = {
@@ -255,6 +257,7 @@ def _cache_key(
         "system_prompt": chat.system_prompt,
         "limits": [limits.max_prompt_tokens, limits.max_response_tokens],
         "attributes": list(attribute_names),
+        "close_cut": close_cut,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -166,8 +166,9 @@ class TestContents:
         assert stored.attribute_names == ("verbosity", "humor", "helpfulness")
 
     def test_no_wanted_name_in_common(self, chat, tmp_path):
-        with pytest.raises(UserError, match=r"rates helpfulness, verbosity.*humor"):
-            tokenise(FakeSource(rated(2)), "train", chat, LIMITS, ("humor",), tmp_path)
+        # A loss that reads no ratings has no use for them: whether that is a mistake it must say.
+        stored = tokenise(FakeSource(rated(2)), "train", chat, LIMITS, ("humor",), tmp_path)
+        assert np.isnan(stored[1].attributes).all()
 
     def test_no_attributes_wanted(self, chat, tmp_path):
         source = FakeSource((group(0),), attribute_names=())

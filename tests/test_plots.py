@@ -1,0 +1,148 @@
+"""Figures show the numbers they are given, look the same everywhere, and are written whole."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpsteer2 import plots
+from helpsteer2.errors import UserError
+from helpsteer2.functional import statistics
+
+pytest.importorskip("matplotlib")
+
+RANDOM = np.random.default_rng(0)
+RATED = RANDOM.integers(0, 5, 300).astype(float)
+PREDICTED = RATED * 0.5 + 1.0 + RANDOM.normal(0.0, 0.3, 300)
+MATRIX = np.array([[1.0, -0.3, math.nan], [-0.3, 1.0, 0.9], [math.nan, 0.9, 1.0]])
+
+
+def every_figure():
+    pair = {"helpfulness": (PREDICTED, RATED)}
+    bins = {"helpfulness": statistics.calibration(PREDICTED, RATED)}
+    return {
+        "histograms": plots.histograms({"rated": RATED, "length": PREDICTED}, title="t"),
+        "heat_map": plots.heat_map(MATRIX, ["a", "b", "c"], title="t"),
+        "scatter": plots.scatter(pair, title="t"),
+        "calibration": plots.calibration(bins, title="t"),
+    }
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        for name, figure in every_figure().items():
+            plots.save(figure, tmp_path / folder / f"{name}.png")
+    for path in (tmp_path / "one").iterdir():
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert content == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_settings_of_the_user_change_nothing_and_are_left_alone(tmp_path: Path) -> None:
+    import matplotlib
+
+    plots.save(every_figure()["scatter"], tmp_path / "plain.png")
+    with matplotlib.rc_context({"font.size": 30, "figure.facecolor": "black", "savefig.dpi": 10}):
+        plots.save(every_figure()["scatter"], tmp_path / "set.png")
+        assert matplotlib.rcParams["font.size"] == 30
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "set.png").read_bytes()
+
+
+def test_no_display_is_asked_for() -> None:
+    code = (
+        "import sys; from helpsteer2 import plots; assert 'matplotlib' not in sys.modules; "
+        "plots.histograms({'a': [1, 2]}, title='t'); print('matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    figure = every_figure()["heat_map"]
+    path = tmp_path / "plot.png"
+    path.write_bytes(b"old")
+
+    def broken(file, **options):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    figure.savefig = broken
+    with pytest.raises(UserError, match="No space left"):
+        plots.save(figure, path)
+    assert path.read_bytes() == b"old"
+    assert [item.name for item in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_histogram_counts_every_known_value() -> None:
+    values = [0, 0, 1, 3, 3, 3, None, math.nan]
+    figure = plots.histograms({"rating (0–4)": values, "length": np.linspace(0, 9, 50)}, title="t")
+    whole, continuous = figure.axes
+    bars = {round(bar.get_center()[0], 6): bar.get_height() for bar in whole.patches}
+    assert bars == {0.0: 2, 1.0: 1, 2.0: 0, 3.0: 3}
+    assert sum(bar.get_height() for bar in continuous.patches) == 50
+    assert len(continuous.patches) == plots.MOST_BARS
+    assert whole.get_xlabel() == "rating (0–4)"
+    assert whole.get_ylabel() == "count"
+    assert "n 6" in whole.get_title()
+
+
+def test_heat_map_says_every_number() -> None:
+    axes = plots.heat_map(MATRIX, ["a", "b", "c"], title="t").axes[0]
+    texts = {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    assert texts[0, 0] == "1.00"
+    assert texts[1, 0] == texts[0, 1] == "-0.30"
+    assert texts[2, 0] == "–"
+    assert len(texts) == 9
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"2 labels for a matrix of shape \(3, 3\)"):
+        plots.heat_map(MATRIX, ["a", "b"], title="t")
+
+
+def test_scatter_moves_dots_sideways_only_and_marks_the_means() -> None:
+    rated = np.array([0.0, 0.0, 2.0, 2.0, math.nan])
+    predicted = np.array([0.5, 1.5, 2.0, 3.0, 9.0])
+    [axes] = plots.scatter({"x": (predicted, rated)}, title="t").axes
+    dots = np.asarray(axes.collections[0].get_offsets())
+    assert np.array_equal(dots[:, 1], predicted[:4])
+    # Less than half the way to the next rating, so that none is taken for another.
+    assert np.all(np.abs(dots[:, 0] - rated[:4]) < 0.5 * 2.0)
+    means = next(line for line in axes.lines if line.get_label() == "mean")
+    assert means.get_xydata().tolist() == [[0.0, 1.0], [2.0, 2.5]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("rated x", "predicted x")
+    with pytest.raises(ValueError, match="predictions for"):
+        plots.scatter({"x": (predicted[:2], rated)}, title="t")
+
+
+def test_calibration_shows_the_bins() -> None:
+    bins = statistics.calibration(PREDICTED, RATED, bins=5)
+    [axes] = plots.calibration({"x": bins}, title="t").axes
+    dots = axes.collections[0]
+    assert np.allclose(dots.get_offsets(), np.stack([bins.mean_predicted, bins.mean_rating], 1))
+    assert np.allclose(dots.get_sizes() / dots.get_sizes()[0], bins.counts / bins.counts[0])
+    assert f"{bins.error:.2f}" in axes.get_title()
+
+
+def test_names_are_no_formulas_and_nothing_known_is_said(tmp_path: Path) -> None:
+    unknown = np.full(3, math.nan)
+    empty = statistics.calibration(unknown, unknown)
+    for figure in (
+        plots.histograms({"$5 and $\\frac": unknown}, title="costs $5 or $_{"),
+        plots.scatter({"$x": (unknown, unknown)}, title="t"),
+        plots.calibration({"$x": empty}, title="t"),
+    ):
+        assert [text.get_text() for text in figure.axes[0].texts] == ["no value"]
+        plots.save(figure, tmp_path / "plot.png")
+    with pytest.raises(ValueError, match="no column"):
+        plots.histograms({}, title="t")
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_every_column_has_a_panel(count: int) -> None:
+    figure = plots.histograms({f"column {i}": [1.0] for i in range(count)}, title="all")
+    assert [axes.get_xlabel() for axes in figure.axes] == [f"column {i}" for i in range(count)]
+    assert figure.get_suptitle() == "all"
