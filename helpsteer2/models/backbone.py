@@ -1,4 +1,4 @@
-"""The backbone: a transformers decoder without its LM head, set up for packed batches."""
+"""The backbone: a transformers decoder, with or without LM head, set up for packed batches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from helpsteer2.data.tokenizer import PretrainedTokenizer, TrainedTokenizer
 from helpsteer2.errors import UserError
 from helpsteer2.models.attention import (
     AttentionChoice,
+    check_architecture,
     check_packable,
     choose_backend,
     implementation_name,
 )
+from helpsteer2.models.lora import Lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -37,11 +39,12 @@ class Backbone:
         init: ``pretrained`` loads the weights of ``path``; ``random`` draws them.
         config: Values of the transformers config for ``random`` without ``path`` (``model_type``
             and sizes), or changes to the config of ``path``.
-        dtype: Type of the trained weights. ``float32`` is right for training: bf16 weights absorb
-            small learning rates whole.
+        dtype: Type of the weights. ``float32`` is right for weights that train: bf16 ones absorb
+            small learning rates whole. Frozen ones, beside adapters, may be bf16.
         attention: Backend of packed attention.
         gradient_checkpointing: Recompute each layer in the backward pass, for memory.
         trust_remote_code: Run code from the model's folder. Off for good reason.
+        lora: Freeze the weights and train adapters beside them; None trains the weights.
     """
 
     tokenizer: PretrainedTokenizer | TrainedTokenizer
@@ -52,6 +55,7 @@ class Backbone:
     attention: AttentionChoice = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    lora: Lora | None = None
 
     def build(
         self,
@@ -59,6 +63,7 @@ class Backbone:
         seed: int,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        lm_head: bool = False,
     ) -> PreTrainedModel:
         """Load or draw the weights.
 
@@ -68,34 +73,71 @@ class Backbone:
             device: Where the model will run, for the choice of the attention backend. The weights
                 are made on the CPU.
             autocast: What autocast will compute in, for the same choice; None without it.
+            lm_head: Whether to give the causal LM around the decoder, its LM head with it.
 
         Returns:
-            The decoder without LM head, in train mode, dropout 0.
+            The decoder without LM head, or the causal LM, in train mode, dropout 0.
 
         Raises:
             UserError: If the model cannot be found or packed, or does not fit the tokenizer.
         """
-        from transformers import AutoModel
+        from transformers import AutoModel, AutoModelForCausalLM
 
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        backend = choose_backend(self.attention, device, autocast or dtype)
-        implementation = implementation_name(backend)
+        implementation = self.implementation(device, autocast)
         if self.init == "random":
             config = self._config(tokenizer)
+            factory = AutoModelForCausalLM if lm_head else AutoModel
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 # Without a dtype it takes that of the config of ``path``.
-                model = AutoModel.from_config(
-                    config, dtype=dtype, attn_implementation=implementation
+                model = factory.from_config(
+                    config, dtype=self.weights_dtype, attn_implementation=implementation
                 )
         else:
-            model = self._pretrained(implementation, dtype)
-        check_packable(model)
-        self._check_vocabulary(model, tokenizer)
+            model = self._pretrained(implementation, lm_head)
+        unchanged = self.init == "pretrained" and not self.config
+        base = self.path if unchanged else None
+        self.prepare(model.base_model if lm_head else model, tokenizer, seed, base)
+        if lm_head and self.lora is not None:
+            model.get_output_embeddings().requires_grad_(False)
+        return model.train()
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Type of the trained weights."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def implementation(self, device: torch.device | str, autocast: torch.dtype | None) -> str:
+        """Name of the attention implementation; arguments as in ``build``."""
+        backend = choose_backend(self.attention, device, autocast or self.weights_dtype)
+        return implementation_name(backend)
+
+    def prepare(
+        self,
+        decoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        base: str | None,
+    ) -> None:
+        """Set a decoder up for training as asked, wherever its weights came from.
+
+        Args:
+            decoder: Without LM head, every dropout 0.
+            tokenizer: Its vocabulary must fit the embedding.
+            seed: Seed of new adapters, if there are to be any.
+            base: Folder or Hub id that holds exactly these weights, None if there is none.
+
+        Raises:
+            UserError: If the decoder cannot be packed, or does not fit the tokenizer.
+        """
+        check_packable(decoder)
+        self._check_vocabulary(decoder, tokenizer)
+        if self.lora is not None:
+            self.lora.inject(decoder, seed, base)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        return model
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.train()
 
     def _config(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
         """The config of random weights, with the tokenizer's special ids."""
@@ -112,38 +154,53 @@ class Backbone:
             raise UserError(
                 "backbone: init=random needs backbone.path or a backbone.config with model_type"
             )
+        check_architecture(config)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         return without_dropout(config)
 
-    def _pretrained(self, implementation: str, dtype: torch.dtype) -> PreTrainedModel:
+    def _pretrained(self, implementation: str, lm_head: bool) -> PreTrainedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if self.path is None:
             raise UserError("backbone: init=pretrained needs backbone.path (a folder or a Hub id)")
         config = self._from_path(AutoConfig, self.path, **dict(self.config or {}))
+        check_architecture(config)
+        self._check_targets(config)
         # As a causal LM: a checkpoint with tied weights may hold the embedding as its LM head only.
         with without_loading_report():
             model, info = self._from_path(
                 AutoModelForCausalLM,
                 self.path,
                 config=without_dropout(config),
-                dtype=dtype,
+                dtype=self.weights_dtype,
                 attn_implementation=implementation,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told below, all at once
                 output_loading_info=True,
             )
         missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        holes = sorted(name for name in missing if not name.startswith("lm_head."))
+        holes = sorted(name for name in missing if lm_head or not name.startswith("lm_head."))
         if holes:
             raise UserError(
                 f"backbone.path={self.path} lacks weights of {type(model).__name__}, or has them "
                 f"in another shape: {', '.join(holes[:5])}{' …' if len(holes) > 5 else ''}: this "
                 "is the checkpoint of another backbone"
             )
-        return model.base_model  # type: ignore[no-any-return]
+        return model if lm_head else model.base_model  # type: ignore[no-any-return]
+
+    def _check_targets(self, config: PreTrainedConfig) -> None:
+        """Refuse a misspelt layer before the weights are read."""
+        from transformers import AutoModel
+
+        if self.lora is None:
+            return
+        with torch.device("meta"):
+            skeleton = AutoModel.from_config(
+                config, trust_remote_code=self.trust_remote_code, attn_implementation="eager"
+            )
+        self.lora.targets(skeleton)
 
     def _from_path(self, factory: Any, path: str, **options: Any) -> Any:
         """``from_pretrained`` from a folder, the Hub, or the Hub's cache if it is out of reach."""

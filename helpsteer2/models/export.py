@@ -8,6 +8,7 @@ plus ``reward_model.json`` and a model card. ``helpsteer2.models.loading`` reads
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,14 +22,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from helpsteer2.data.chat import BoundChat
-from helpsteer2.data.groups import Message
 from helpsteer2.data.tokenizer import tokenizer_hash
 from helpsteer2.errors import UserError
-from helpsteer2.models.card import model_card
-from helpsteer2.models.spec import SPEC_FILE, RewardSpec
+from helpsteer2.models.card import ADAPTER_FOLDER, adapter_card, model_card
+from helpsteer2.models.lora import adapter_config, merged, write_adapter
+from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE, RewardSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "5GB"
 """Larger models are cut into several safetensors files with an index."""
@@ -76,7 +79,8 @@ def write_export(
 
     Args:
         folder: Where the model shall lie; an older export there stays whole until the new one is.
-        backbone: Decoder without LM head, of any floating type.
+        backbone: Decoder without LM head, of any floating type. Its adapters are merged into it,
+            and lie unmerged in the folder's ``adapter`` if others can load their base.
         head: fp32 ``(A, H)`` without bias.
         spec: What the scores depend on.
         tokenizer: The backbone's tokenizer, with a pad token of its own.
@@ -92,24 +96,39 @@ def write_export(
     classifier = _classifier(backbone, head, spec, tokenizer)
     check_pad_token(classifier.config, tokenizer, "the model to save")
     chat = BoundChat(tokenizer, spec.template_name, spec.template_text, spec.system_prompt)
-    question: list[Message] = [{"role": "user", "content": "a"}]
-    adds_bos = chat.prompt_ids(question) != chat.encode([chat.render(question, True)])[0]
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = spec.template_text
-    with replaced_folder(folder) as aside:
-        with _no_progress_bar():  # it would break into the one of training
+    base = _adapter_base(backbone)
+    with replaced_folder(folder, SPEC_FILE) as aside:
+        with merged(backbone), no_progress_bar():
             classifier.save_pretrained(aside, max_shard_size=SHARD_SIZE)
+            size = sum(parameter.numel() for parameter in classifier.parameters())
         tokenizer.save_pretrained(aside)
         # Saving puts the chat template in and may reorder things: the hash is that of the files.
         saved = AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
-        replace(spec, tokenizer_hash=tokenizer_hash(saved)).write(aside)
-        size = sum(parameter.numel() for parameter in classifier.parameters())
-        card = model_card(spec, type(classifier).__name__, size, adds_bos)
+        spec = replace(spec, tokenizer_hash=tokenizer_hash(saved))
+        spec.write(aside)
+        card = model_card(spec, type(classifier).__name__, size, chat.adds_bos, base is not None)
         readme = aside / "README.md"
         readme.write_text(card, encoding="utf-8")
-        # safetensors makes its files private; models are shared like any other file.
-        for path in aside.glob("*.safetensors"):
-            path.chmod(readme.stat().st_mode)
+        if base is not None:
+            adapter = aside / ADAPTER_FOLDER
+            write_adapter(adapter, backbone, head)
+            tokenizer.save_pretrained(adapter)
+            spec.write(adapter)
+            (adapter / "README.md").write_text(adapter_card(spec, base, chat.adds_bos), "utf-8")
+        share(aside)
+
+
+def _adapter_base(backbone: PreTrainedModel) -> str | None:
+    """Where others find the base of a backbone's adapters; None without adapters or such a base."""
+    config = adapter_config(backbone)
+    if config is not None and config.base_model_name_or_path is None:
+        logger.info(
+            "no folder with the adapters alone is written: their base is random, or a changed one, "
+            "which nobody could load"
+        )
+    return None if config is None else config.base_model_name_or_path
 
 
 def _classifier(
@@ -162,7 +181,8 @@ def has_score_head(classifier: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar while it saves: it would break into that of training."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -174,17 +194,25 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def share(folder: Path) -> None:
+    """Give the weights of a folder the mode of its other files: safetensors makes them private."""
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 def previous_folder(folder: Path) -> Path:
     """Where an old folder lies for the moment in which the new one takes its place."""
     return folder.with_name(f".{folder.name}.previous")
 
 
 @contextmanager
-def replaced_folder(folder: str | Path) -> Iterator[Path]:
+def replaced_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     """Write a folder aside; put it in place only when it is whole and on the disk.
 
     Args:
         folder: The final place: missing, empty, or an older export.
+        marker: File that tells an older export from other folders.
 
     Yields:
         An empty folder to write into.
@@ -199,7 +227,7 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
             previous.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        if folder.exists() and any(folder.iterdir()) and not (folder / SPEC_FILE).exists():
+        if folder.exists() and any(folder.iterdir()) and not (folder / marker).exists():
             raise UserError(
                 f"{folder} holds other files: choose an empty folder or an older export"
             )
@@ -240,7 +268,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """Upload an export to the Hugging Face Hub.
 
     Args:
-        folder: An export.
+        folder: An export of a reward model or a policy.
         repo_id: ``owner/name``; made if it does not exist.
         private: Whether a new repository is private.
 
@@ -252,8 +280,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """
     from helpsteer2.data.hub import require_hub
 
-    if RewardSpec.read(Path(folder)) is None:
-        raise UserError(f"{folder} is no export of a reward model: it has no {SPEC_FILE}")
+    if RewardSpec.read(Path(folder)) is None and not (Path(folder) / POLICY_FILE).is_file():
+        raise UserError(f"{folder} is no export: it has no {SPEC_FILE} and no {POLICY_FILE}")
     require_hub(f"a place for {repo_id!r}", f"the model stays usable in {folder}")
     from huggingface_hub import create_repo, upload_folder
 

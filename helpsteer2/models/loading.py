@@ -42,42 +42,74 @@ class LoadedReward:
     chat: BoundChat
 
 
-def load_reward(path: str | Path, dtype: torch.dtype, implementation: str) -> LoadedReward:
-    """Load a folder (or Hub id) of a reward model.
+@dataclass(frozen=True)
+class RewardFolder:
+    """A reward model on the disk: everything read and checked but the weights of its backbone.
+
+    Attributes:
+        folder: Where it lies.
+        config: transformers' config, every dropout 0.
+        head: fp32, on the CPU.
+        spec: What the scores depend on beside the weights.
+        tokenizer: The tokenizer.
+        chat: The chat format bound to it.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    head: nn.Linear
+    spec: RewardSpec
+    tokenizer: PreTrainedTokenizerBase
+    chat: BoundChat
+
+    def load(self, dtype: torch.dtype, implementation: str) -> LoadedReward:
+        """Read the backbone's weights as well.
+
+        Args:
+            dtype: Of the backbone; the head is always fp32.
+            implementation: Name of the attention implementation.
+
+        Returns:
+            The parts, with every dropout 0.
+
+        Raises:
+            UserError: If the weights are not those of the config, or of the tokenizer.
+        """
+        backbone = _backbone(self.folder, self.config, dtype, implementation)
+        rows = backbone.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > rows:
+            raise UserError(
+                f"{self.folder}: {len(self.tokenizer)} tokens, but embeddings for {rows}: another "
+                "tokenizer's"
+            )
+        return LoadedReward(backbone, self.head, self.spec, self.tokenizer, self.chat)
+
+
+def open_reward(path: str | Path) -> RewardFolder:
+    """Open a folder (or Hub id) of a reward model.
 
     Args:
         path: An export of ours, or any decoder sequence classifier of transformers.
-        dtype: Of the backbone; the head is always fp32.
-        implementation: Name of the attention implementation.
-
-    Returns:
-        The parts, with every dropout 0.
 
     Raises:
         UserError: If the folder is no reward model that could be trusted to score right.
     """
     folder = local_folder(path)
-    weights = _Weights(folder)
+    weights = WeightFiles(folder)
     config = _config(folder)
     spec = RewardSpec.read(folder)
     names = spec.attribute_names if spec else _label_names(config, folder)
     _check_labels(config, names, folder)
     _check_decoder(config, folder)
     head = _head(weights, len(names), config.get_text_config().hidden_size)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     check_pad_token(config, tokenizer, str(folder))
     if spec is None:
         chat = ChatFormat().bind(tokenizer)
         spec = _foreign_spec(names, chat, tokenizer, config, folder)
     else:
-        chat = _checked_chat(spec, config, tokenizer, folder)
-    backbone = _backbone(folder, config, dtype, implementation)
-    rows = backbone.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{folder}: {len(tokenizer)} tokens, but embeddings for {rows}: another tokenizer's"
-        )
-    return LoadedReward(backbone, head, spec, tokenizer, chat)
+        chat = checked_chat(spec, config, tokenizer, folder)
+    return RewardFolder(folder, config, head, spec, tokenizer, chat)
 
 
 def local_folder(path: str | Path) -> Path:
@@ -114,7 +146,7 @@ def local_folder(path: str | Path) -> Path:
         raise UserError(f"cannot fetch {what}: {error}; {here}") from error
 
 
-class _Weights:
+class WeightFiles:
     """The safetensors files of a folder: which tensor lies where."""
 
     def __init__(self, folder: Path) -> None:
@@ -141,14 +173,17 @@ class _Weights:
                 "encoder, and a head made on the spot would score at random; give a reward model"
             )
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """One tensor as fp32, or None."""
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in the type it has on the disk."""
         from safetensors import safe_open
 
-        if name not in self.files:
-            return None
         with safe_open(self.folder / self.files[name], "pt") as file:
-            return file.get_tensor(name).float()
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """One tensor as fp32, or None."""
+        return self.tensor(name).float() if name in self.files else None
 
 
 def _no_weights(folder: Path) -> str:
@@ -211,10 +246,10 @@ def _check_decoder(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def _head(weights: _Weights, n_labels: int, hidden_size: int) -> nn.Linear:
+def _head(weights: WeightFiles, n_labels: int, hidden_size: int) -> nn.Linear:
     """The head as it lies on the disk: transformers would round it to the body's dtype."""
     weight, bias = weights.read(HEAD_WEIGHT), weights.read(HEAD_BIAS)
-    assert weight is not None  # _Weights refused otherwise
+    assert weight is not None  # WeightFiles refused otherwise
     if tuple(weight.shape) != (n_labels, hidden_size):
         raise UserError(
             f"{weights.folder}: the head is {tuple(weight.shape)}, config.json wants "
@@ -227,7 +262,12 @@ def _head(weights: _Weights, n_labels: int, hidden_size: int) -> nn.Linear:
     return head
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder.
+
+    Raises:
+        UserError: If there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -242,10 +282,14 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _checked_chat(
+def checked_chat(
     spec: RewardSpec, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> BoundChat:
-    """The chat format of an export, if tokenizer, template and pad token are the trained ones."""
+    """The chat format of an export, if tokenizer, template and pad token are the trained ones.
+
+    Raises:
+        UserError: If one of them is another.
+    """
     if config.get_text_config().pad_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(
             f"{folder}: the pad token is gone from config.json or the tokenizer: export again"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from helpsteer2.data.packing import PackedBatch
+from helpsteer2.errors import UserError
+from helpsteer2.models.adapter import is_adapter, load_adapter
 from helpsteer2.models.attention import (
     AttentionChoice,
     check_packable,
@@ -17,7 +19,7 @@ from helpsteer2.models.attention import (
     packed_hidden_states,
 )
 from helpsteer2.models.export import write_export
-from helpsteer2.models.loading import load_reward
+from helpsteer2.models.loading import local_folder, open_reward
 from helpsteer2.models.spec import RewardSpec
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ class RewardModel(nn.Module):
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Export as a plain transformers sequence classifier with everything that scoring needs.
 
-        The backbone is written in the dtype it has, the head in fp32.
+        The backbone is written in the dtype it has, the head in fp32. Adapters are merged into it;
+        if others can load their base, they also lie unmerged in the folder's ``adapter``.
 
         Args:
             folder: Where to; an older export there is replaced at the end, or not at all.
@@ -90,8 +93,9 @@ class RewardModel(nn.Module):
         dtype: Dtype = "float32",
         attention: AttentionChoice = "auto",
         device: torch.device | str = "cpu",
+        base: str | Path | None = None,
     ) -> tuple[RewardModel, PreTrainedTokenizerBase, BoundChat]:
-        """Load an export, or any decoder sequence classifier of transformers.
+        """Load an export, its adapter alone, or any decoder sequence classifier of transformers.
 
         Args:
             path: Folder or Hub id. Without ``reward_model.json`` it must have one label (called
@@ -99,6 +103,7 @@ class RewardModel(nn.Module):
             dtype: Of the backbone. The head is fp32 in any case.
             attention: Attention backend.
             device: Where the model shall run.
+            base: Folder or Hub id of an adapter's base, if it has moved since the training.
 
         Returns:
             The model in eval mode with every dropout 0, its tokenizer and its chat format.
@@ -106,9 +111,15 @@ class RewardModel(nn.Module):
         Raises:
             UserError: If the folder cannot be trusted to score right; the message says why.
         """
-        weights_dtype: torch.dtype = getattr(torch, dtype)
-        implementation = implementation_name(choose_backend(attention, device, weights_dtype))
-        parts = load_reward(path, weights_dtype, implementation)
-        check_packable(parts.backbone)
+        folder = local_folder(path)
+        if is_adapter(folder):
+            parts = load_adapter(folder, base, dtype, attention, device)
+        elif base is not None:
+            raise UserError(f"{path} is a whole model: base is for an adapter alone")
+        else:
+            weights_dtype: torch.dtype = getattr(torch, dtype)
+            implementation = implementation_name(choose_backend(attention, device, weights_dtype))
+            parts = open_reward(folder).load(weights_dtype, implementation)
+            check_packable(parts.backbone)
         model = cls(parts.backbone, parts.spec, parts.head).to(device).eval()
         return model, parts.tokenizer, parts.chat

@@ -23,6 +23,22 @@ FORMAT_VERSION = 1
 """Raised when a folder of today could no longer be read by the code of yesterday."""
 
 SPEC_FILE = "reward_model.json"
+POLICY_FILE = "policy.json"
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """How weights were made of two other models': ``weak + alpha · (strong − weak)``.
+
+    Attributes:
+        alpha: 0 is the weak model, 1 the strong one, more is beyond it.
+        weak: Hash of the weak model's weights, as ``helpsteer2.models.expo`` computes it.
+        strong: Hash of the strong model's.
+    """
+
+    alpha: float
+    weak: str
+    strong: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class RewardSpec:
             None if not known.
         rating_stds: Its standard deviation.
         format_version: Version of the folder format.
+        extrapolation: How the weights were made, None if they were trained.
     """
 
     attribute_names: tuple[str, ...]
@@ -61,6 +78,7 @@ class RewardSpec:
     rating_means: tuple[float, ...] | None = None
     rating_stds: tuple[float, ...] | None = None
     format_version: int = FORMAT_VERSION
+    extrapolation: Extrapolation | None = None
 
     def __post_init__(self) -> None:
         names = self.attribute_names
@@ -149,7 +167,9 @@ class RewardSpec:
                 f"{path} is of format {version}, and this helpsteer2 reads up to {FORMAT_VERSION}: "
                 "update helpsteer2"
             )
-        known = {field.name: values[field.name] for field in fields(cls)}
+        # Exports of earlier versions lack it.
+        known = {"extrapolation": None, **values}
+        known = {field.name: known[field.name] for field in fields(cls)}
         known["attribute_names"] = tuple(known["attribute_names"])
         for name in ("rating_means", "rating_stds"):
             if known[name] is not None:  # JSON has no NaN: it was written as null
@@ -157,4 +177,6 @@ class RewardSpec:
         known["limits"] = LengthLimits(**known["limits"])
         if known["weights"] is not None:
             known["weights"] = AttributeWeights(**known["weights"])
+        if known["extrapolation"] is not None:
+            known["extrapolation"] = Extrapolation(**known["extrapolation"])
         return cls(**known)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from helpsteer2.data.groups import GroupSource
 from helpsteer2.data.packing import PackedBatch
+from helpsteer2.data.token_store import TokenisedGroups
 from helpsteer2.errors import UserError
 from helpsteer2.functional import statistics
 from helpsteer2.losses.regression import RegressionLoss
+from helpsteer2.modules.scored import ScoredSplit
 from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
+from helpsteer2.modules.validation import gather_split
 
 if TYPE_CHECKING:
     from helpsteer2.models.reward import RewardModel
+
+
+logger = logging.getLogger(__name__)
 
 
 class RegressionModule(StepModule):
@@ -58,6 +65,29 @@ class RegressionModule(StepModule):
         self.loss = loss.bind(self.attribute_names)
         self._validated: list[tuple[Tensor, ...]] = []
 
+    @classmethod
+    def check_source(cls, source: GroupSource, attribute_names: Sequence[str]) -> None:
+        """Refuse data without a column for any of the attributes."""
+        if not set(attribute_names) & set(source.attribute_names):
+            raise UserError(
+                f"the data rates {', '.join(source.attribute_names) or 'nothing'}, and none of the "
+                f"wanted attributes {', '.join(attribute_names)}: set attributes to names that it "
+                "has"
+            )
+
+    @classmethod
+    def usable(cls, groups: TokenisedGroups, split: str) -> TokenisedGroups:
+        """All groups, if some response is rated on one of the attributes."""
+        names, means = groups.attribute_names, groups.rating_means()
+        unrated = [name for name, mean in zip(names, means, strict=True) if np.isnan(mean)]
+        if unrated:
+            data = "training" if split == "train" else split
+            message = f"no response of the {data} data is rated on {', '.join(unrated)}"
+            if len(unrated) == len(names):
+                raise UserError(f"{message}: there is nothing to learn or to measure")
+            logger.warning("%s", message)
+        return groups
+
     def count(self, batch: PackedBatch) -> Tensor:
         """Known ratings of a micro-batch."""
         return self.loss.count(batch.attributes)
@@ -91,19 +121,10 @@ class RegressionModule(StepModule):
         Raises:
             UserError: If the whole split has no rating.
         """
-        parts: list[Any] = [None] * self.trainer.world_size
-        mine = [torch.cat(columns).numpy() for columns in zip(*self._validated, strict=True)]
+        groups, scores, ratings = gather_split(self._validated, self.trainer)
         self._validated = []
-        if self.trainer.world_size > 1:
-            dist.all_gather_object(parts, mine)
-        else:
-            parts = [mine]
-        groups, scores, ratings = (
-            np.concatenate([part[i] for part in parts if part]) for i in range(3)
-        )
-        # The order of the data, not of the ranks: sums in floating point depend on it.
-        order = np.argsort(groups, kind="stable")
-        metrics = self._validation_metrics(scores[order], ratings[order])
+        self.scored = ScoredSplit(self.attribute_names, groups, scores, ratings, "0–4")
+        metrics = self._validation_metrics(scores, ratings)
         # The record is written by callbacks; this makes it known to Lightning's own ones.
         self.log_dict(metrics, logger=False, sync_dist=False)
 

@@ -6,9 +6,11 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -17,10 +19,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from helpsteer2.data.groups import GroupSource
 from helpsteer2.data.packing import PackedBatch
+from helpsteer2.data.token_store import TokenisedGroups
 from helpsteer2.errors import UserError
+from helpsteer2.models.lora import frozen_fingerprint
+from helpsteer2.modules.scored import ScoredSplit
 
 if TYPE_CHECKING:
+    from helpsteer2.models.policy import Policy
     from helpsteer2.models.reward import RewardModel
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
@@ -102,6 +109,19 @@ def _cached_casts(device_type: str) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Keep weights that do not train out of checkpoints: they lie where they came from."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
+def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
+    """The other side: a checkpoint without them is whole."""
+    frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+
 class StepModule(pl.LightningModule):
     """A LightningModule whose ``training_step`` is one optimizer step.
 
@@ -121,12 +141,18 @@ class StepModule(pl.LightningModule):
         gradient_clip: Largest gradient norm, over all parameters together; None does not clip.
     """
 
-    objective: ClassVar[str]
+    model: RewardModel | Policy
+    """What is trained and exported."""
+
+    objective: str
     """The loss in words, for the model card."""
+
+    scored: ScoredSplit | None = None
+    """Scores and labels of the latest validation; None if there is nothing to show."""
 
     def __init__(
         self,
-        model: RewardModel,
+        model: RewardModel | Policy,
         *,
         optimizer: OptimizerFactory,
         warmup_steps: int,
@@ -142,6 +168,36 @@ class StepModule(pl.LightningModule):
         self.gradient_clip = gradient_clip
         self.groups_seen = 0
         self.tokens_seen = 0
+        self._seed = torch.initial_seed()
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_miss_no_frozen)
+
+    @classmethod
+    def check_source(cls, source: GroupSource, attribute_names: Sequence[str]) -> None:
+        """Refuse data that cannot hold what the objective learns from, before they are tokenised.
+
+        Args:
+            source: Where the splits are read.
+            attribute_names: Names of the model's scores.
+
+        Raises:
+            UserError: If they cannot.
+        """
+
+    @classmethod
+    def usable(cls, groups: TokenisedGroups, split: str) -> TokenisedGroups:
+        """The groups of a split that the objective can use: all of them, unless it chooses.
+
+        Asked before the model is built.
+
+        Args:
+            groups: The split.
+            split: ``train`` or ``validation``.
+
+        Raises:
+            UserError: If there is nothing to learn from them, or to measure.
+        """
+        return groups
 
     @abstractmethod
     def count(self, batch: PackedBatch) -> Tensor:
@@ -180,6 +236,9 @@ class StepModule(pl.LightningModule):
             NonFiniteError: If the loss or the gradient norm is not finite; no update is made.
         """
         step = self.global_step
+        # What a step draws (dropout of adapters) is the same in a run that goes on from here.
+        seeds = np.random.SeedSequence((self._seed, step, self.global_rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         optimizer = cast("pl.core.optimizer.LightningOptimizer", self.optimizers())
         counts = torch.stack([self.count(batch).reshape(-1) for batch in batches])
         total = self._sum_over_ranks(counts.sum(dim=0)).clamp(min=1)
@@ -240,11 +299,26 @@ class StepModule(pl.LightningModule):
             dist.all_reduce(values)
         return values
 
+    @cached_property
+    def _frozen(self) -> str | None:
+        """Fingerprint of the weights that do not train, and hence are in no checkpoint."""
+        return frozen_fingerprint(self)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was seen, as plain numbers (``weights_only`` loading takes nothing else)."""
         checkpoint["seen"] = {"groups": self.groups_seen, "tokens": self.tokens_seen}
+        checkpoint["frozen"] = self._frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint stopped."""
+        """Go on counting where the checkpoint stopped.
+
+        Raises:
+            UserError: If the weights that do not train are others now.
+        """
+        if checkpoint.get("frozen") != self._frozen:
+            raise UserError(
+                "the checkpoint holds what was trained beside other frozen weights: backbone.path "
+                "is not the model any more that this run began with; start in another run_dir"
+            )
         seen = checkpoint["seen"]
         self.groups_seen, self.tokens_seen = seen["groups"], seen["tokens"]

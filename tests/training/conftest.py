@@ -16,7 +16,7 @@ def fork_server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
             patch.setenv(name, value)
-        multiprocessing.set_forkserver_preload(["tests.training.runs"])
+        multiprocessing.set_forkserver_preload(["tests.training.runs", "peft"])
         from multiprocessing import forkserver
 
         forkserver.ensure_running()

@@ -30,9 +30,16 @@ from helpsteer2.data.groups import Group
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.tokenizer import TrainedTokenizer
 from helpsteer2.errors import UserError
+from helpsteer2.losses.preference import ScaledBradleyTerry
 from helpsteer2.losses.regression import RegressionLoss
+from helpsteer2.losses.sft import SFTLoss
 from helpsteer2.models.backbone import Backbone
+from helpsteer2.models.lora import Lora
+from helpsteer2.models.start import PolicyStart, RewardStart
+from helpsteer2.modules.preference import PreferenceModule
 from helpsteer2.modules.regression import RegressionModule
+from helpsteer2.modules.sft import SFTModule
+from helpsteer2.modules.step import StepModule
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("helpfulness", "verbosity")
@@ -45,7 +52,7 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class ToyGroups:
-    """Prompts with two responses each; longer ones are rated more verbose, some are not rated."""
+    """Pairs whose longer response is rated more verbose and preferred; some ratings are unknown."""
 
     seed: int = 0
     n: int = 40
@@ -64,14 +71,24 @@ class ToyGroups:
                     (None if rng.random() < 0.3 else float(rng.integers(0, 5)), 4 * length / 30)
                     for length in lengths
                 ),
+                preference_strength=max(-3, min(3, round((lengths[1] - lengths[0]) / 5))),
             )
 
     def fingerprint(self, split: str) -> str:
         return hashlib.sha256(f"{self.seed} {self.n} {split}".encode()).hexdigest()
 
 
-def backbone() -> Backbone:
-    return Backbone(TrainedTokenizer(270), init="random", config=SHAPE)
+def backbone(lora: Lora | None = None) -> Backbone:
+    return Backbone(TrainedTokenizer(270), init="random", config=SHAPE, lora=lora)
+
+
+def module_of(kind: str, optimizer: Any) -> partial[StepModule]:
+    """What makes a LightningModule of a kind around a model."""
+    if kind == "regression":
+        return partial(RegressionModule, loss=RegressionLoss(), optimizer=optimizer, warmup_steps=4)
+    if kind == "sft":
+        return partial(SFTModule, loss=SFTLoss(), optimizer=optimizer, warmup_steps=4)
+    return partial(PreferenceModule, loss=ScaledBradleyTerry(), optimizer=optimizer, warmup_steps=4)
 
 
 def arguments(run_dir: Path, **options: Any) -> dict[str, Any]:
@@ -79,23 +96,23 @@ def arguments(run_dir: Path, **options: Any) -> dict[str, Any]:
     chosen = {
         "max_steps": 12, "validate_every": 5, "checkpoint_every": 3, "export": "best", "lr": 3e-3,
         "tokens": 200, "precision": "32-true", "devices": 1, "seed": 1, "data_seed": 0,
-        "optimized_metric": "val/loss", "trainer": {}, "wandb": None,
+        "optimized_metric": "val/loss", "trainer": {}, "wandb": None, "lora": None,
+        "module": "regression",
     } | options  # fmt: skip
     optimizer = partial(torch.optim.AdamW, lr=chosen["lr"], betas=(0.9, 0.98), fused=True)
     return {
         "run_dir": str(run_dir),
         "seed": chosen["seed"],
-        "backbone": backbone(),
+        "model": PolicyStart() if chosen["module"] == "sft" else RewardStart(),
+        "backbone": backbone(chosen["lora"]),
         "data": ToyGroups(seed=chosen["data_seed"]),
         "chat": ChatFormat(),
         "lengths": LengthLimits(max_prompt_tokens=64, max_response_tokens=128),
         "batching": Batching(
             global_batch=6, tokens_per_microbatch=chosen["tokens"], max_steps=chosen["max_steps"]
         ),
-        "attributes": list(NAMES),
-        "module": partial(
-            RegressionModule, loss=RegressionLoss(), optimizer=optimizer, warmup_steps=4
-        ),
+        "attributes": list(NAMES) if chosen["module"] == "regression" else ["reward"],
+        "module": module_of(chosen["module"], optimizer),
         "trainer": partial(
             pl.Trainer,
             accelerator="cpu",
@@ -118,7 +135,7 @@ def arguments(run_dir: Path, **options: Any) -> dict[str, Any]:
                 "max_steps": chosen["max_steps"],
                 "tokens_per_microbatch": chosen["tokens"],
             },
-            "module": {"optimizer": {"lr": chosen["lr"]}},
+            "module": {"kind": chosen["module"], "optimizer": {"lr": chosen["lr"]}},
             "trainer": {"devices": chosen["devices"], "precision": chosen["precision"]},
             "schedule": {
                 "validate_every": chosen["validate_every"],
@@ -223,10 +240,10 @@ def start_ranks(target: Callable[..., Any], folder: Path, *args: Any) -> list[Ch
 
 def slow_down(seconds: float) -> None:
     """Make every micro-batch take longer, so that a signal finds the run where it is wanted."""
-    inner = RegressionLoss.__call__
+    for module in StepModule.__subclasses__():
 
-    def call(self: Any, *args: Any) -> Any:
-        time.sleep(seconds)
-        return inner(self, *args)
+        def slow(self: Any, batch: Any, inner: Any = module.loss_sums) -> Any:
+            time.sleep(seconds)
+            return inner(self, batch)
 
-    RegressionLoss.__call__ = call  # type: ignore[method-assign]
+        module.loss_sums = slow  # type: ignore[method-assign]

@@ -99,6 +99,20 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_run(run_dir, uninterrupted)
 
 
+@pytest.mark.parametrize("module", ["preference", "sft"])
+def test_killed_run_of_another_module_equals_uninterrupted(tmp_path: Path, module: str) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    start(whole, module=module).join()
+    target = random.uniform(0, rows(whole) - 8)
+    child = start(run_dir, module=module, step_seconds=STEP_SECONDS)
+    child.wait_for(lambda: rows(run_dir) >= target)
+    child.signal(signal.SIGKILL)
+    child.process.join(60)
+    assert child.process.exitcode == -signal.SIGKILL, child.text
+    start(run_dir, module=module).join()
+    assert_same_run(run_dir, whole)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_the_step_and_exits(
     run_dir: Path, uninterrupted: Path, number: int, code: int

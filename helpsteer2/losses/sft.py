@@ -1,0 +1,46 @@
+"""Negative log-likelihood of response tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helpsteer2.data.packing import PackedBatch
+from helpsteer2.functional.logprobs import TokenLogprobs
+
+
+class SFTLoss:
+    """``−log p`` of every response token, in nats.
+
+    Over an optimizer step the loss is the sum over all micro-batches of all ranks, divided by the
+    number of response tokens of the step. So it is a mean over tokens, not over responses: long
+    ones weigh more, and the result does not change with the size of the micro-batches.
+
+    Source: arXiv 2203.02155, section 3.5 (supervised fine-tuning); the sum and the count apart as
+    in fairseq2's train units.
+    """
+
+    objective = "negative log-likelihood of the response tokens"
+    """The loss in words, for the model card."""
+
+    def count(self, batch: PackedBatch) -> Tensor:
+        """Number of response tokens, the denominator of the loss: ``()`` int64, 0 for fillers."""
+        n = 0 if batch.filler else batch.layout.n_response_tokens
+        return torch.tensor(n, device=batch.input_ids.device)
+
+    def __call__(
+        self, tokens: TokenLogprobs, batch: PackedBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the losses of the tokens.
+
+        Args:
+            tokens: What the policy says of the N response tokens of the batch.
+            batch: The packed row; a filler weighs nothing.
+
+        Returns:
+            The loss sum ``()`` float32, and the detached sums ``greedy`` ``()`` float32 (tokens
+            than which none was more likely) and ``tokens`` ``()`` int64.
+        """
+        weight = 0.0 if batch.filler else 1.0
+        loss = -weight * tokens.logprobs.sum()
+        return loss, {"greedy": weight * tokens.greedy.sum(), "tokens": self.count(batch)}
