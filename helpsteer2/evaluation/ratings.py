@@ -17,7 +17,7 @@ from helpsteer2.evaluation.baselines import (
     mean_predictor,
     read_rated,
 )
-from helpsteer2.evaluation.report import rating_tables
+from helpsteer2.evaluation.report import percent_with_interval, rating_tables, with_interval
 from helpsteer2.evaluation.scoring import (
     EvaluationContext,
     Scorer,
@@ -127,6 +127,21 @@ class RatingEvaluation:
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
         """Show a result of ``evaluate`` within 100 columns."""
         return rating_tables(result)
+
+    def headlines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Error, correlation and pair accuracy of each attribute, then of each weighting."""
+        figures = {}
+        for name, attribute in result["attributes"].items():
+            if "predictors" in attribute:
+                model = attribute["predictors"]["model"]
+                figures[f"{name}, MSE"] = with_interval(model["mse"], 2)
+                figures[f"{name}, r"] = with_interval(model["pearson"], 2)
+                figures[f"{name}, pairs %"] = percent_with_interval(model["pairs"]["accuracy"])
+        for name, reward in result["weightings"].items():
+            if reward["pairs_by_helpfulness"] is not None:
+                accuracy = reward["pairs_by_helpfulness"]["accuracy"]
+                figures[f"{name}, pairs by helpfulness %"] = percent_with_interval(accuracy)
+        return figures
 
     def _attribute(
         self,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 UNKNOWN = "–"
-NOT_COMPUTABLE = "not computable"
-WEIGHTINGS_A_TABLE = 5
 LONGEST_NAME = 24
-ACCURACY_WIDTH = len("29.9 (=447)")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -28,7 +25,7 @@ def percent(value: float | None) -> str:
 def with_interval(figure: Mapping[str, Any], digits: int = 3, scale: float = 1.0) -> str:
     """A figure with its interval on a second line."""
     if figure["value"] is None:
-        return NOT_COMPUTABLE if figure.get("not_computable") else UNKNOWN
+        return UNKNOWN
     value = f"{scale * figure['value']:.{digits}f}"
     if figure["low"] is None:
         return value
@@ -45,7 +42,9 @@ def spread(outputs: Mapping[str, Any]) -> str:
     return f"{number(outputs['mean'], 2)}±{number(outputs['std'], 2)}"
 
 
-def _table(title: str, names: Sequence[str], left: int = 1, caption: str | None = None) -> Table:
+def named_table(
+    title: str, names: Sequence[str], left: int = 1, caption: str | None = None
+) -> Table:
     """A table whose first columns hold names and whose others hold figures."""
     table = Table(
         title=title,
@@ -62,7 +61,7 @@ def _table(title: str, names: Sequence[str], left: int = 1, caption: str | None 
     return table
 
 
-def _keep_whole(table: Table, names: Sequence[str]) -> None:
+def keep_whole(table: Table, names: Sequence[str]) -> None:
     """Give the first column room for its names, so that the others fold before it does."""
     table.columns[0].min_width = min(LONGEST_NAME, max(map(len, names)))
 
@@ -79,7 +78,7 @@ def rating_tables(result: Mapping[str, Any]) -> list[Table]:
 
 def _predictor_table(result: Mapping[str, Any]) -> Table:
     """The model beside the mean and the length-only predictor, attribute by attribute."""
-    table = _table(
+    table = named_table(
         f"{result['split']}: {result['responses']:,} responses to {result['prompts']:,} prompts",
         [
             "attribute",
@@ -123,13 +122,13 @@ def _predictor_table(result: Mapping[str, Any]) -> Table:
             )
             label = ""
         table.add_section()
-    _keep_whole(table, list(result["attributes"]))
+    keep_whole(table, list(result["attributes"]))
     return table
 
 
 def _gain_table(result: Mapping[str, Any]) -> Table:
     """What the model gains on the trivial predictors, with paired intervals."""
-    table = _table(
+    table = named_table(
         "gain of the model (positive is better)",
         ["attribute", "MSE, over mean", "MSE, over length", "pairs, points over length"],
     )
@@ -156,7 +155,7 @@ def _on_one_line(figure: Mapping[str, Any], digits: int, scale: float) -> str:
 
 def _reward_table(result: Mapping[str, Any]) -> Table:
     """How each weighting orders pairs against the helpfulness ratings."""
-    table = _table(
+    table = named_table(
         "weighted reward against helpfulness",
         ["weighting", "mean±std", "pairs", "right", "wrong", "ties", "right %", "ties ½ %"],
     )
@@ -175,8 +174,8 @@ def _reward_table(result: Mapping[str, Any]) -> Table:
             percent_with_interval(pairs["accuracy"]),
             percent(pairs["half_credit_accuracy"]),
         )
-    for name, reason in result["skipped_weightings"].items():
-        table.add_row(name, f"skipped: {reason}")
+    for name in result["skipped_weightings"]:
+        table.add_row(name, "skipped")
     return table
 
 
@@ -188,7 +187,7 @@ def _calibration_table(result: Mapping[str, Any]) -> Table:
         if "calibration" in attribute
     }
     bins = max((len(bins["counts"]) for bins in rated.values()), default=0)
-    table = _table(
+    table = named_table(
         "calibration: responses sorted by score, in bins",
         ["attribute", "mean", *(str(index + 1) for index in range(bins))],
         left=2,
@@ -200,90 +199,19 @@ def _calibration_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def rewardbench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Sections, the other averages, and the subsets, under every weighting."""
-    return [_section_table(result), _average_table(result), *_subset_tables(result)]
+def side_by_side_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
+    """Models beside each other.
 
+    Args:
+        title: What they were evaluated on.
+        columns: For each model its main figures as text, by name.
 
-def _section_table(result: Mapping[str, Any]) -> Table:
-    figures = result["weightings"]
-    sections = list(next(iter(figures.values()))["sections"])
-    caption = "overall: mean of the sections. ties count as misses. Second line: 95 % interval."
-    missing = {
-        reason
-        for of_weighting in figures.values()
-        for section in of_weighting["sections"].values()
-        if (reason := section["not_computable"])
-    }
-    odd = result["unusual_counts"]
-    if odd:
-        caption += f" {len(odd)} subsets do not have their usual number of prompts."
-    if missing:
-        caption += " Not computable: " + "; ".join(sorted(missing)) + "."
-    table = _table(
-        f"RewardBench, {result['pairs']:,} pairs: accuracy in %",
-        ["weighting", "overall", *sections, "ties"],
-        caption=caption,
-    )
-    for name, of_weighting in figures.items():
-        table.add_row(
-            name,
-            percent_with_interval(of_weighting["section_mean"]),
-            *(percent_with_interval(of_weighting["sections"][section]) for section in sections),
-            f"{sum(subset['ties'] for subset in of_weighting['subsets'].values()):,}",
-        )
-    for name in result["skipped_weightings"]:
-        table.add_row(name, "skipped")
-    _keep_whole(table, list(figures))
+    Returns:
+        A row a figure, a column a model; a dash where a model has no such figure.
+    """
+    table = named_table(f"{title}: models side by side", [title, *columns])
+    rows = list(dict.fromkeys(name for figures in columns.values() for name in figures))
+    for name in rows:
+        table.add_row(name, *(figures.get(name, UNKNOWN) for figures in columns.values()))
+    keep_whole(table, rows)
     return table
-
-
-def _average_table(result: Mapping[str, Any]) -> Table:
-    names = {
-        "micro_average": "micro",
-        "macro_average": "macro",
-        "section_mean_before_2024_09": "old overall",
-        "safety_before_2024_09": "old Safety",
-    }
-    figures = result["weightings"]
-    if "leaderboard_score" in next(iter(figures.values())):
-        names |= {"prior_sets": "prior sets", "leaderboard_score": "leaderboard score"}
-    table = _table(
-        "RewardBench, other averages in %",
-        ["weighting", *names.values()],
-        caption=(
-            "micro: every prompt weighs the same; macro: every subset does; old: the leaderboard's "
-            "weights until 10 September 2024, with the two XSTest counts interchanged."
-        ),
-    )
-    for name, of_weighting in figures.items():
-        table.add_row(name, *(percent_with_interval(of_weighting[key]) for key in names))
-    _keep_whole(table, list(figures))
-    return table
-
-
-def _subset_tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """Subsets by weightings, a few weightings a table."""
-    weightings = list(result["weightings"])
-    for start in range(0, len(weightings), WEIGHTINGS_A_TABLE):
-        shown = weightings[start : start + WEIGHTINGS_A_TABLE]
-        table = _table(
-            "RewardBench subsets: accuracy in % (=ties)",
-            # Blanks let a long name break at its words.
-            ["subset", "prompts", *(name.replace("_", " ") for name in shown)],
-        )
-        for subset in result["weightings"][shown[0]]["subsets"]:
-            cells = [result["weightings"][name]["subsets"][subset] for name in shown]
-            table.add_row(
-                subset,
-                f"{cells[0]['prompts']:,}",
-                *(
-                    percent(cell["accuracy"]["value"])
-                    + (f" (={cell['ties']})" if cell["ties"] else "")
-                    for cell in cells
-                ),
-            )
-        _keep_whole(table, list(result["weightings"][shown[0]]["subsets"]))
-        for column in table.columns[2:]:
-            column.max_width = ACCURACY_WIDTH
-        yield table

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from helpsteer2.errors import UserError
-from helpsteer2.evaluation.preference_files import (
-    PreferencePair,
-    fingerprint,
-    load_pairs,
-    load_sets,
-)
-from helpsteer2.evaluation.report import rewardbench_tables
-from helpsteer2.evaluation.scoring import (
-    EvaluationContext,
-    Scorer,
-    score_groups,
-    usable_weightings,
-)
-from helpsteer2.functional.statistics import (
-    FloatArray,
-    cluster_bootstrap,
-    percentile_interval,
-)
+from helpsteer2.evaluation.benchmark_tables import headlines, rewardbench_tables
+from helpsteer2.evaluation.comparisons import Aggregate, Comparison, Wins, compare
+from helpsteer2.evaluation.preference_files import load_pairs, load_sets
+from helpsteer2.evaluation.scoring import EvaluationContext, Scorer
 from helpsteer2.records import plain
 
 SECTIONS: dict[str, dict[str, int]] = {
@@ -80,8 +67,6 @@ They were in force when Table 3 of arXiv 2406.08673 was made. Source: allenai/re
 """
 
 PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
-
-Aggregate = Callable[[Mapping[str, Any]], Any]
 
 
 def section_accuracy(
@@ -180,149 +165,49 @@ class RewardBench:
             DataError: If a row is bad, or its subset unknown.
             UserError: If the data cannot be found, no weighting fits, or a score is not finite.
         """
-        chosen = usable_weightings(context.weightings, scorer.attribute_names)
         pairs = self._load()
-        data_key = fingerprint(pairs)
-        scores = score_groups(
-            "rewardbench",
-            data_key,
-            lambda: (pair.group for pair in pairs),
-            np.full(len(pairs), 2, dtype=np.int64),
-            scorer,
-            context,
-        ).astype(np.float64)
-        rewards = {
-            weights.name: np.asarray(weights.reward(scores, scorer.attribute_names))
-            for weights in chosen.weightings
-        }
-        rewards["longer_response"] = np.array(
-            [float(len(text)) for pair in pairs for text in pair.group.responses]
-        )
-        counts = {subset: 0 for subset in self._subsets()}
-        for pair in pairs:
-            counts[pair.subset] += 1
-        return dict(
-            plain(
-                {
-                    "pairs": len(pairs),
-                    "fingerprint": data_key,
-                    "unusual_counts": {
-                        subset: {"found": counts[subset], "usual": n}
-                        for subset, n in COUNTS.items()
-                        if counts[subset] != n
-                    },
-                    "outputs": _outputs(scores, scorer.attribute_names),
-                    "weightings": self._figures(pairs, rewards, context.seed),
-                    "skipped_weightings": chosen.skipped,
+        subsets = tuple(COUNTS) if self.prior_sets is None else (*COUNTS, *PRIOR_SETS)
+        compared = compare("rewardbench", pairs, subsets, scorer, context, self.resamples)
+        result = {
+            "pairs": len(pairs),
+            **compared.record,
+            "unusual_counts": compared.unusual_counts(COUNTS),
+            "weightings": {
+                name: {
+                    **_summary(wins, with_prior_sets=self.prior_sets is not None),
+                    "subsets": compared.subset_figures(name),
                 }
-            )
-        )
+                for name, wins in compared.wins.items()
+            },
+        }
+        return dict(plain(result))
 
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
         """Show a result of ``evaluate`` within 100 columns."""
         return rewardbench_tables(result)
 
-    def _subsets(self) -> tuple[str, ...]:
-        return (*COUNTS, *PRIOR_SETS) if self.prior_sets is not None else tuple(COUNTS)
+    def headlines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Overall accuracy, the mean of the sections, under every weighting."""
+        return headlines(result, {"overall": "section_mean"})
 
-    def _load(self) -> tuple[PreferencePair, ...]:
+    def _load(self) -> tuple[Comparison, ...]:
         pairs = load_pairs(self.path, self.split, tuple(COUNTS), "evaluators.rewardbench.path")
         if self.prior_sets is None:
             return pairs
         return pairs + load_sets(self.prior_sets, PRIOR_SETS, "evaluators.rewardbench.prior_sets")
 
-    def _figures(
-        self, pairs: Sequence[PreferencePair], rewards: Mapping[str, FloatArray], seed: int
-    ) -> dict[str, Any]:
-        """Every figure under every weighting, from the same draws."""
-        subsets = self._subsets()
-        of_pair = np.array([subsets.index(pair.subset) for pair in pairs])
-        margins = np.stack(
-            [
-                reward.reshape(-1, 2)[:, 0] - reward.reshape(-1, 2)[:, 1]
-                for reward in rewards.values()
-            ]
-        )
-        right = (margins > 0.0).astype(np.float64)
 
-        def accuracies(rows: Any) -> FloatArray:
-            seen = of_pair[rows]
-            n = np.bincount(seen, minlength=len(subsets))
-            won = [np.bincount(seen, weights=r[rows], minlength=len(subsets)) for r in right]
-            return np.where(n > 0, np.stack(won) / np.maximum(n, 1), np.nan)
-
-        draws = cluster_bootstrap(
-            accuracies,
-            [pair.prompt_key for pair in pairs],
-            strata=of_pair,
-            resamples=self.resamples,
-            seed=seed,
-        ).reshape(self.resamples, len(rewards), len(subsets))
-        exact = accuracies(slice(None))
-        return {
-            name: {
-                **_summary(
-                    dict(zip(subsets, exact[i], strict=True)),
-                    dict(zip(subsets, draws[:, i].T, strict=True)),
-                    with_prior_sets=self.prior_sets is not None,
-                ),
-                "subsets": {
-                    subset: _subset(margins[i, of_pair == j], exact[i, j], draws[:, i, j])
-                    for j, subset in enumerate(subsets)
-                },
-            }
-            for i, name in enumerate(rewards)
-        }
-
-
-def _summary(
-    exact: Mapping[str, float], draws: Mapping[str, FloatArray], with_prior_sets: bool
-) -> dict[str, Any]:
+def _summary(wins: Wins, with_prior_sets: bool) -> dict[str, Any]:
     """Sections and averages, each with its interval, or why it cannot be computed."""
-
-    def figure(aggregate: Aggregate, needed: Sequence[str]) -> dict[str, Any]:
-        missing = [subset for subset in needed if np.isnan(exact[subset])]
-        interval = plain(percentile_interval(float(aggregate(exact)), aggregate(draws)))
-        return {
-            **interval,
-            "not_computable": f"no prompts of {', '.join(missing)}" if missing else None,
-        }
-
     every = tuple(COUNTS)
     summary: dict[str, Any] = {
         "sections": {
-            section: figure(_section_aggregate(section), tuple(SECTIONS[section]))
+            section: wins.figure(partial(section_accuracy, section), tuple(SECTIONS[section]))
             for section in SECTIONS
         }
     }
-    summary |= {name: figure(aggregate, every) for name, aggregate in AVERAGES.items()}
+    summary |= {name: wins.figure(aggregate, every) for name, aggregate in AVERAGES.items()}
     if with_prior_sets:
-        summary["prior_sets"] = figure(prior_sets_accuracy, PRIOR_SETS)
-        summary["leaderboard_score"] = figure(leaderboard_score, every + PRIOR_SETS)
+        summary["prior_sets"] = wins.figure(prior_sets_accuracy, PRIOR_SETS)
+        summary["leaderboard_score"] = wins.figure(leaderboard_score, every + PRIOR_SETS)
     return summary
-
-
-def _section_aggregate(section: str) -> Aggregate:
-    return lambda accuracies: section_accuracy(section, accuracies)
-
-
-def _subset(margins: FloatArray, accuracy: float, draws: FloatArray) -> dict[str, Any]:
-    """Counts and accuracies of one subset."""
-    n, right, ties = len(margins), int((margins > 0.0).sum()), int((margins == 0.0).sum())
-    interval = percentile_interval(accuracy, draws)
-    return {
-        "prompts": n,
-        "right": right,
-        "wrong": n - right - ties,
-        "ties": ties,
-        "accuracy": interval,
-        "half_credit_accuracy": (right + 0.5 * ties) / n if n else float("nan"),
-    }
-
-
-def _outputs(scores: FloatArray, attribute_names: Sequence[str]) -> dict[str, Any]:
-    """Mean and standard deviation of each score over all responses."""
-    return {
-        name: {"mean": scores[:, i].mean(), "std": scores[:, i].std()}
-        for i, name in enumerate(attribute_names)
-    }

@@ -79,6 +79,10 @@ class Evaluator(Protocol):
         """Show a result of ``evaluate`` within 100 columns."""
         ...
 
+    def headlines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """The main figures of a result of ``evaluate`` as text, by name; for several models."""
+        ...
+
 
 @dataclass(frozen=True)
 class UsableWeightings:
