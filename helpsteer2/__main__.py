@@ -30,7 +30,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "train, evaluate and check take Hydra overrides: key=value, -m, --cfg job, --info.",
+            "train, evaluate, expo and check take Hydra overrides: key=value, -m, --cfg job, "
+            "--info.",
             "`helpsteer2 COMMAND --help` says more; "
             'eval "$(helpsteer2 -sc install=bash)" completes in the shell.',
         ]

@@ -173,6 +173,20 @@ def test_reward_step_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_lora_step_runs(tmp_path: Path) -> None:
+    options = "--size XS --rounds 2 --warmup 1 --threads 1 --adapters default all_linear".split()
+    record = run_benchmark("lora_step", tmp_path / "record.json", *options)
+    (case,) = record["cases"]
+    assert set(case["contenders"]) == {"full", "default", "all_linear"}
+    for figures in case["contenders"].values():
+        assert len(figures["rounds"]) == 2
+        assert figures["full_over_own"]["per_round"]["median"] > 0
+    assert case["contenders"]["full"]["full_over_own"]["total"] == 1
+    assert case["contenders"]["full"]["memory_share"] == 1
+
+
+@pytest.mark.slow
 def test_planning_runs(tmp_path: Path) -> None:
     options = "--groups 640 --rows 200 4000".split()
     record = run_benchmark("planning", tmp_path / "record.json", *options)

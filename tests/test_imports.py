@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"__init__", "errors"},
     {"attributes", "records", "functional"},
-    {"data"},
+    {"data", "plots"},
     {"losses", "models", "world"},
     {"rewards"},
     {"modules"},

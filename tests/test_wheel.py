@@ -92,7 +92,7 @@ def test_help_answers_from_another_folder(installed: Path, tmp_path: Path) -> No
 
 
 def test_configuration_comes_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    checked = run(installed / "helpsteer2", "check", "experiment=reward/quickstart", cwd=tmp_path)
+    checked = run(installed / "helpsteer2", "check", "experiment=sft/world", cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
     # An experiment that only the installed folder has.

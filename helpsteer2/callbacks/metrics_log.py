@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger
 
 from helpsteer2.callbacks.checkpoints import validation_metrics
+from helpsteer2.callbacks.wandb import WandbView
 from helpsteer2.errors import UserError
 from helpsteer2.records import write_atomic
-
-logger = logging.getLogger(__name__)
 
 HEADER = b"step,metric,value\n"
 
 
 class MetricsLog(pl.Callback):
-    """Appends ``step,metric,value`` rows to a CSV file, and passes the metrics to other loggers.
+    """Appends ``step,metric,value`` rows to a CSV file, and shows the metrics on W&B.
 
     ``step`` counts finished optimizer steps. No time is in it, so a run that was killed and resumed
     leaves the same bytes as one that was not: resuming cuts the file back to the checkpoint's step,
@@ -30,13 +27,13 @@ class MetricsLog(pl.Callback):
 
     Args:
         path: The CSV file.
-        view: Another logger that gets the same metrics; the run does not depend on it.
+        view: A W&B run that gets the same metrics; the run does not depend on it.
 
     Attributes:
         latest: Metrics of the latest step.
     """
 
-    def __init__(self, path: Path, view: Logger | None = None) -> None:
+    def __init__(self, path: Path, view: WandbView | None = None) -> None:
         self.path = path
         self.view = view
         self.latest: dict[str, float] = {}
@@ -103,14 +100,8 @@ class MetricsLog(pl.Callback):
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-        if self.view is None:
-            return
-        try:
-            self.view.log_metrics(dict(metrics), step=step)
-        # Whatever happens to a view of the run, the run goes on: its record is this file.
-        except Exception as error:
-            self.view = None
-            logger.warning("%s goes on alone, another logger failed: %s", self.path, error)
+        if self.view is not None:
+            self.view.log_metrics(metrics, step)
 
 
 def _number(value: float) -> str:

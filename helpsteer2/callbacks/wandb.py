@@ -7,19 +7,20 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helpsteer2.records import write_atomic
-
-if TYPE_CHECKING:
-    from pytorch_lightning.loggers import WandbLogger
 
 logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
+
+FINISH_SECONDS = 120.0
+"""A service that is away at the end of a run is waited for so long; the files stay."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,18 @@ class WandbRun:
     Args:
         project: W&B project.
         entity: User or team; None for the key's own.
-        name: Name of the run; None for the run folder's.
+        group: Runs shown together; None for the sweep's folder in a sweep, else for none.
+        name: Name of the run; None for the swept values in a sweep, else for the run folder's.
         tags: Tags of the run.
     """
 
     project: str = "helpsteer2"
     entity: str | None = None
+    group: str | None = None
     name: str | None = None
     tags: tuple[str, ...] = ()
 
-    def open(self, run_dir: Path, config: Mapping[str, Any]) -> WandbLogger | None:
+    def open(self, run_dir: Path, config: Mapping[str, Any]) -> WandbView | None:
         """Start the W&B run, or go on with the one of this folder.
 
         Args:
@@ -46,7 +49,7 @@ class WandbRun:
             config: Shown as the run's configuration.
 
         Returns:
-            A logger, or None if W&B does not even work offline.
+            The open run, or None if W&B does not even work offline.
         """
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         for attempt in dict.fromkeys((mode, "offline")):
@@ -61,16 +64,16 @@ class WandbRun:
                 "" if attempt == "online" else f"; upload with: wandb sync {run_dir}/wandb/*run-*"
             )
             logger.info("W&B is %s%s", attempt, where)
-            return opened
+            return WandbView(opened)
         return None
 
-    def _start(self, run_dir: Path, config: Mapping[str, Any], mode: str) -> WandbLogger:
+    def _start(self, run_dir: Path, config: Mapping[str, Any], mode: str) -> Any:
         import wandb
-        from pytorch_lightning.loggers import WandbLogger
 
-        run = wandb.init(
+        return wandb.init(
             project=self.project,
             entity=self.entity,
+            group=self.group,
             name=self.name or run_dir.name,
             tags=list(self.tags),
             dir=run_dir,
@@ -78,8 +81,86 @@ class WandbRun:
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
             config=dict(config),
+            settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
-        return WandbLogger(experiment=run)
+
+
+class WandbView:
+    """An open W&B run. Its first failure is told, and nothing is sent to it after that.
+
+    W&B's own step is the optimizer step. It never goes back, so what a resumed run logs again is
+    left out by the service.
+
+    Args:
+        run: What ``wandb.init`` returns.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._failed = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add metrics to the history.
+
+        Args:
+            metrics: Numbers by name.
+            step: Optimizer steps done.
+        """
+        self._try(lambda: self._run.log(dict(metrics), step=step))
+
+    def log_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+    ) -> None:
+        """Show a table.
+
+        Args:
+            name: Its place in the run.
+            columns: Names of the columns.
+            rows: Their texts and numbers, None where unknown.
+            step: Optimizer steps done.
+        """
+
+        def log() -> None:
+            import wandb
+
+            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            self._run.log({name: table}, step=step)
+
+        self._try(log)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Show an image file.
+
+        Args:
+            name: Its place in the run.
+            path: The file.
+            step: Optimizer steps done.
+        """
+
+        def log() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._try(log)
+
+    def summarise(self, figures: Mapping[str, float]) -> None:
+        """Put figures into the run's summary, which is what W&B compares runs by.
+
+        Args:
+            figures: Numbers by name.
+        """
+        self._try(lambda: self._run.summary.update(dict(figures)))
+
+    def _try(self, send: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            send()
+        # Whatever happens to a view of the run, the run goes on: its record is in its folder.
+        except Exception as error:
+            self._failed = True
+            logger.warning("W&B failed, the run goes on without it: %s", error)
 
 
 def _run_id(run_dir: Path) -> str:
@@ -106,8 +187,7 @@ def has_key() -> bool:
 
 def finish(exit_code: int) -> None:
     """Close the W&B run of this process, if there is one, so that the next job gets its own."""
+    wandb = sys.modules.get("wandb")  # not imported, nothing to close
     with contextlib.suppress(Exception):
-        import wandb
-
-        if wandb.run is not None:
+        if wandb is not None and wandb.run is not None:
             wandb.finish(exit_code)

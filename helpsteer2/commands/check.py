@@ -1,4 +1,4 @@
-"""``helpsteer2 check [train|evaluate]``: compose and validate a configuration, run nothing."""
+"""``helpsteer2 check [COMMAND]``: compose and validate a configuration, run nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpsteer2.config.annotations import TARGET
 from helpsteer2.config.checked import Checked
 from helpsteer2.config.rules import Settings
 
-USAGE = """usage: helpsteer2 check [train|evaluate] [key=value ...]
+USAGE = """usage: helpsteer2 check [COMMAND] [key=value ...]
 
 Compose and validate the configuration of a command (of train, if none is named) and say what
 would run. With -m every value of a sweep is checked; --cfg job prints the configuration, --info
@@ -64,8 +64,9 @@ def _print_summary(name: str, checked: Checked) -> None:
 def _rows(settings: Settings) -> Iterator[tuple[str, str]]:
     """What would run, line by line; lines whose values the command lacks are left out."""
     yield "run_dir", str(settings["run_dir"])
-    if settings["model"] is not None:
-        yield "model", str(settings["model"])
+    for key in ("model", "module"):
+        if settings[key] is not None:
+            yield key, _named(settings[key])
     if settings["backbone"] is not None:
         yield "backbone", _backbone(settings)
     for key in ("data", "evaluators"):
@@ -91,7 +92,11 @@ def _named(node: object) -> str:
         return str(node)
     if TARGET not in node:
         return ", ".join(f"{key} ({_named(value)})" for key, value in node.items())
-    inner = node.get("path") or _named(node.get("of") or node.get("data") or "")
+    inner = (
+        node.get("path")
+        or node.get("init_from")
+        or _named(node.get("of") or node.get("data") or "")
+    )
     return f"{node[TARGET].rpartition('.')[2]} {inner}".strip()
 
 

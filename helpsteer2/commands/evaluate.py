@@ -1,12 +1,14 @@
-"""``helpsteer2 evaluate``: a reward model on every evaluator, tables and ``result.json``."""
+"""``helpsteer2 evaluate``: reward models on every evaluator, tables and ``result.json``."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.console import Console
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.errors import DataError, UserError
+from helpsteer2.evaluation.report import side_by_side_table
 from helpsteer2.evaluation.scoring import EvaluationContext, Evaluator, Scorer, model_key
 from helpsteer2.records import environment
 
@@ -24,7 +27,7 @@ WIDTH = 100
 def evaluate(
     run_dir: str,
     seed: int,
-    model: str,
+    model: str | list[str],
     evaluators: Mapping[str, Evaluator],
     weightings: Mapping[str, AttributeWeights],
     dtype: Literal["float32", "bfloat16"],
@@ -33,62 +36,134 @@ def evaluate(
     optimized_metric: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> float | None:
-    """Load a model once, run every evaluator on it, print tables and write ``result.json``.
+    """Run every evaluator on a model, or on several; print tables and write ``result.json``.
 
     Args:
         run_dir: Folder of the result; scores are kept in ``scores`` inside it, and read again if
             the model and the data are the same.
         seed: Seed of the bootstrap.
-        model: Folder of a reward model, or its Hub id.
+        model: Folder of a reward model, or its Hub id; a list of them is shown side by side, and
+            their figures are recorded by what tells their names apart.
         evaluators: What to run, by name.
         weightings: Weightings that make one reward of the scores.
         dtype: Type of the backbone's weights.
         attention: Attention backend.
         tokens_per_microbatch: Most tokens of one forward pass.
         optimized_metric: Slash-separated place of a figure in the metrics, returned for sweepers:
-            ``rewardbench/weightings/uniform/section_mean/value``.
+            ``rewardbench/weightings/uniform/section_mean/value``, after the model's name if there
+            are several.
         config: The whole configuration, kept in the result.
 
     Returns:
         The optimized metric, None if none is named.
 
     Raises:
-        UserError: If the model or the data cannot be used, another process uses the folder, or the
+        UserError: If a model or the data cannot be used, another process uses the folder, or the
             metric does not exist.
     """
     if not evaluators:
         raise UserError("evaluators: name at least one, for example evaluator=[ratings]")
     started, start = datetime.now(timezone.utc), time.monotonic()
     folder = RunFolder(run_dir)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    evaluation = _Evaluation(
+        evaluators, tuple(weightings.values()), seed, dtype, attention, tokens_per_microbatch
+    )
     with folder.locked():
-        scorer = _load(model, dtype, attention, tokens_per_microbatch)
+        if isinstance(model, str):
+            record = evaluation.of(model, folder.path / "scores")
+        else:
+            record = evaluation.side_by_side(short_names(model), folder.path / "scores")
+        record |= {
+            "config": config,
+            "environment": environment(),
+            "started": started.isoformat(timespec="seconds"),
+            "wall_seconds": round(time.monotonic() - start, 3),
+        }
+        folder.write_result({"kind": "evaluate", **record})
+    evaluation.console.print(f"wrote {folder.path / 'result.json'}", soft_wrap=True)
+    return None if optimized_metric is None else find_metric(record["metrics"], optimized_metric)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What every model of a run is evaluated by; settings as in ``evaluate``."""
+
+    evaluators: Mapping[str, Evaluator]
+    weightings: tuple[AttributeWeights, ...]
+    seed: int
+    dtype: str
+    attention: str
+    tokens_per_microbatch: int
+    console: Console = field(default_factory=_console)
+
+    def of(self, model: str, scores_dir: Path) -> dict[str, Any]:
+        """Load a model once, run every evaluator on it and show its tables."""
+        scorer = _load(model, self.dtype, self.attention, self.tokens_per_microbatch)
         context = EvaluationContext(
-            weightings=tuple(weightings.values()),
-            scores_dir=folder.path / "scores",
-            model_key=model_key(model, dtype=dtype, attention=attention),
-            seed=seed,
-            console=console,
+            weightings=self.weightings,
+            scores_dir=scores_dir,
+            model_key=model_key(model, dtype=self.dtype, attention=self.attention),
+            seed=self.seed,
+            console=self.console,
         )
         metrics = {
-            name: _run(name, evaluator, scorer, context) for name, evaluator in evaluators.items()
+            name: _run(name, evaluator, scorer, context)
+            for name, evaluator in self.evaluators.items()
         }
-        folder.write_result(
-            {
-                "kind": "evaluate",
-                "metrics": metrics,
-                "fingerprints": {name: found["fingerprint"] for name, found in metrics.items()},
-                "model": _describe(scorer, model),
-                "config": config,
-                "environment": environment(),
-                "started": started.isoformat(timespec="seconds"),
-                "wall_seconds": round(time.monotonic() - start, 3),
+        return {
+            "metrics": metrics,
+            "fingerprints": {name: found["fingerprint"] for name, found in metrics.items()},
+            "model": _describe(scorer, model),
+        }
+
+    def side_by_side(self, models: Mapping[str, str], scores_dir: Path) -> dict[str, Any]:
+        """Evaluate one model after the other, then show them in one table an evaluator."""
+        records = {}
+        for name, model in models.items():
+            self.console.rule(name)
+            records[name] = self.of(model, scores_dir / re.sub(r"[^\w.-]", "_", name))
+        self.console.rule("side by side")
+        for name, evaluator in self.evaluators.items():
+            columns = {
+                model: evaluator.headlines(record["metrics"][name])
+                for model, record in records.items()
             }
-        )
-    console.print(f"wrote {folder.path / 'result.json'}", soft_wrap=True)
-    return None if optimized_metric is None else find_metric(metrics, optimized_metric)
+            self.console.print(side_by_side_table(name, columns))
+        return {
+            "metrics": {name: record["metrics"] for name, record in records.items()},
+            # Of the data: the same for every model.
+            "fingerprints": next(iter(records.values()))["fingerprints"],
+            "models": {name: record["model"] for name, record in records.items()},
+        }
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Name models by the part of their paths that tells them apart.
+
+    Args:
+        models: Folders or Hub ids.
+
+    Returns:
+        Name → model: ``outputs/a/export`` and ``outputs/b/export`` are called ``a`` and ``b``.
+
+    Raises:
+        UserError: If there is none, or one is there twice.
+    """
+    parts = [Path(model).parts for model in models]
+    if not models or len(set(parts)) < len(parts):
+        raise UserError(f"model: name one or more models, each once, got {list(models)}")
+    head, tail, shortest = 0, 0, min(map(len, parts)) - 1
+    while head < shortest and len({of[head] for of in parts}) == 1:
+        head += 1
+    while tail < shortest - head and len({of[-1 - tail] for of in parts}) == 1:
+        tail += 1
+    names = ("/".join(of[head : len(of) - tail]) for of in parts)
+    return dict(zip(names, models, strict=True))
 
 
 def _run(

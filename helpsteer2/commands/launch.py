@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from helpsteer2.commands.sweep import Job, Sweep
 from helpsteer2.config.checked import Checked, check
 from helpsteer2.config.command import ConfigCommand
 from helpsteer2.config.compose import VERSION_BASE, conf_dir
 from helpsteer2.config.signatures import read_signature
 from helpsteer2.config.validate import PASSED_BY_CODE, plain, validate
 from helpsteer2.errors import ConfigError, UserError
-
-logger = logging.getLogger(__name__)
 
 _SHOWS = ("help", "hydra_help", "info", "cfg", "shell_completion")
 
@@ -83,22 +82,36 @@ def launch(command: ConfigCommand, argv: Sequence[str]) -> int:
         UserError: As the command raises it.
     """
     args = parse_arguments(command, argv)
-    overrides = list(args.overrides)
+    overrides, sweep = list(args.overrides), None
     if not args.shell_completion:
-        overrides = check_arguments(command, args).overrides
-    run_hydra(command, args, overrides)
+        checked = check_arguments(command, args)
+        overrides = checked.overrides
+        if checked.sweep_dir is not None and not is_shown(args):
+            sweep = Sweep.of(Path(checked.sweep_dir).absolute(), overrides)
+            overrides = [*overrides, sweep.location()]
+    run_hydra(command, args, overrides, sweep)
     return 0
 
 
-def run_hydra(command: ConfigCommand, args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run_hydra(
+    command: ConfigCommand,
+    args: argparse.Namespace,
+    overrides: Sequence[str],
+    sweep: Sweep | None = None,
+) -> None:
     """Hand arguments to Hydra, which composes again and runs or shows what they ask for.
 
+    Args:
+        command: What to run.
+        args: As made by ``parse_arguments``.
+        overrides: In place of those in ``args``.
+        sweep: The sweep, if they ask for one.
+
     Raises:
-        UserError: As the command raises it, or if the run's folder cannot be made.
+        UserError: As the command raises it, if a job of the sweep fails, or if the run's folder
+            cannot be made.
     """
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     typed, began = sys.argv, False
     failed: list[UserError] = []
@@ -106,13 +119,11 @@ def run_hydra(command: ConfigCommand, args: argparse.Namespace, overrides: Seque
     def task(job: Any) -> Any:
         nonlocal began
         sys.argv, began = typed, True
+        if sweep is not None:
+            return sweep.run(job.get("optimized_metric"), lambda its: _run_job(command, job, its))
         try:
             return _run_job(command, job)
         except UserError as error:
-            # In a sweep the other jobs go on, and Hydra raises this at the end.
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                logger.error("%s", error)
-                raise
             # Raised through Hydra it would come with the overrides of the job, printed before it.
             failed.append(error)
             return None
@@ -121,13 +132,16 @@ def run_hydra(command: ConfigCommand, args: argparse.Namespace, overrides: Seque
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [typed[0], *_flags(args), *overrides]
     try:
-        hydra.main(
-            version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command.config_name
-        )(task)()
+        with nullcontext() if sweep is None else sweep.opened():
+            hydra.main(
+                version_base=VERSION_BASE,
+                config_path=str(conf_dir()),
+                config_name=command.config_name,
+            )(task)()
     except OSError as error:
-        if began:
+        if began or error.filename is None:
             raise
-        # Hydra makes the folder before the first job.
+        # The folder is made before the first job.
         raise UserError(f"run_dir: {error.filename} cannot be made: {error.strerror}") from error
     finally:
         sys.argv = typed
@@ -146,21 +160,17 @@ def _flags(args: argparse.Namespace) -> list[str]:
     return flags
 
 
-def _run_job(command: ConfigCommand, job: Any) -> Any:
+def _run_job(command: ConfigCommand, job: Any, of_sweep: Job | None = None) -> Any:
     """Build the objects of one job's configuration and call the command with them."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra_config = HydraConfig.get()
     config, mistakes = plain(job)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        config["run_dir"] = hydra_config.runtime.output_dir
+    if of_sweep is not None:
+        _tell_jobs_apart(config, of_sweep)
     # A sweeper may have chosen values that could not be known before.
     mistakes += validate(config, command.target)[1]
     if mistakes:
         unique = dict.fromkeys(f"{mistake.path}: {mistake.message}" for mistake in mistakes)
         raise ConfigError("\n".join(unique))
-    arguments = _build(config)
+    arguments = build(config)
     signature = read_signature(command.target)
     if signature is not None:
         arguments.update({key: config for key in PASSED_BY_CODE & set(signature.parameters)})
@@ -168,8 +178,14 @@ def _run_job(command: ConfigCommand, job: Any) -> Any:
     return getattr(import_module(module), name)(**arguments)
 
 
-def _build(config: dict[str, Any]) -> dict[str, Any]:
+def build(config: dict[str, Any]) -> dict[str, Any]:
     """Make the objects that ``_target_`` nodes stand for, all containers plain ones.
+
+    Args:
+        config: A configuration without mistakes.
+
+    Returns:
+        The same with objects in place of nodes.
 
     Raises:
         UserError: As a constructor raises it.
@@ -184,3 +200,14 @@ def _build(config: dict[str, Any]) -> dict[str, Any]:
             raise error.__cause__ from None
         raise
     return built
+
+
+def _tell_jobs_apart(config: dict[str, Any], job: Job) -> None:
+    """Give a job of a sweep a folder of its own, and in W&B a name of its own in one group."""
+    folder = Path(job.folder)
+    config["run_dir"] = str(folder)
+    if isinstance(config.get("logger"), dict):
+        swept = " ".join(f"{key}={value}" for key, value in job.swept.items())
+        names = {"group": folder.parent.name, "name": swept or folder.name}
+        given = {key: value for key, value in config["logger"].items() if value is not None}
+        config["logger"] = {**names, **given}

@@ -237,15 +237,8 @@ class _Scoring:
     def _parse(self, line: bytes) -> _Row:
         row = _Row(self._n_lines, {})
         try:
-            content = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-            if not isinstance(content, dict):
-                raise UserError(f"expected a JSON object, got {shown(content)}")
-            row.content = content
-            row.tokens = self._scorer.encode(_group(content, row.line), row.line)
-        except UnicodeDecodeError as error:
-            row.error = f"not valid UTF-8 (byte {error.start})"
-        except (ValueError, RecursionError) as error:
-            row.error = f"not valid JSON: {error}"
+            row.content = parse_line(line)
+            row.tokens = self._scorer.encode(row_group(row.content, row.line), row.line)
         except UserError as error:
             row.error = str(error)
         return row
@@ -267,12 +260,36 @@ class _Scoring:
         return {**kept, "error": row.error} if kept else {"line": row.line, "error": row.error}
 
 
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Read a line of the input as a JSON object.
+
+    Args:
+        line: The line, with or without its end.
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        content = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise UserError(f"not valid UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"expected a JSON object, got {shown(content)}")
+    return content
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _group(content: dict[str, Any], line: int) -> Group:
+def row_group(content: dict[str, Any], line: int) -> Group:
     """A row as a prompt with one response.
+
+    Args:
+        content: Its columns.
+        line: Its line in the input.
 
     Raises:
         UserError: With everything that is wrong with the row.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from helpsteer2.commands.run_folder import RunFolder
+from helpsteer2.models.spec import SPEC_FILE
 from helpsteer2.records import environment
 
 
@@ -59,35 +60,45 @@ def result_of(
     }
 
 
-def print_summary(
-    console: Console, folder: RunFolder, result: Mapping[str, Any], attributes: Sequence[str]
-) -> None:
+def print_summary(console: Console, folder: RunFolder, result: Mapping[str, Any]) -> None:
     """Print the validation figures, where the model is, and what can be done next.
 
     Args:
         console: Where to.
         folder: The run's folder.
         result: As made by ``result_of``.
-        attributes: Names of the scores.
     """
-    metrics = result["metrics"]
-    if "val/loss" in metrics:
+    figures = {
+        name.removeprefix("val/"): value
+        for name, value in result["metrics"].items()
+        if name.startswith("val/")
+    }
+    if figures:
         console.print(
             f"validation of the exported weights, step {result['exported_step']} of "
             f"{result['steps']}",
             highlight=False,
         )
-        table = Table()
-        table.add_column("attribute")
-        table.add_column("MSE", justify="right")
-        table.add_column("Pearson", justify="right")
-        for name in attributes:
-            row = (metrics[f"val/{name}/{figure}"] for figure in ("mse", "pearson"))
-            table.add_row(name, *(f"{value:.4f}" for value in row))
-        table.add_row("loss", f"{metrics['val/loss']:.4f}", "", style="bold")
-        console.print(table)
-    console.print(f"model    {folder.export}", soft_wrap=True, highlight=False)
-    console.print(f"record   {folder.path / 'result.json'}", soft_wrap=True, highlight=False)
-    console.print(
-        f"next     helpsteer2 evaluate model={folder.export}", soft_wrap=True, highlight=False
-    )
+        console.print(_table(figures))
+    lines = [f"model    {folder.export}", f"record   {folder.path / 'result.json'}"]
+    if (folder.export / SPEC_FILE).exists():
+        lines.append(f"next     helpsteer2 evaluate model={folder.export}")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _table(figures: Mapping[str, float]) -> Table:
+    """Figures called ``row/column`` in rows and columns, the others in rows of their own."""
+    rows = list(dict.fromkeys(name.rpartition("/")[0] for name in figures))
+    columns = list(dict.fromkeys(name.rpartition("/")[2] for name in figures if "/" in name))
+    table = Table(show_header=bool(columns))
+    table.add_column()
+    for column in columns or [""]:
+        table.add_column(column, justify="right")
+    for row in filter(None, rows):
+        cells = (figures.get(f"{row}/{column}") for column in columns)
+        table.add_row(row, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    for name, value in figures.items():
+        if "/" not in name:
+            table.add_row(name, f"{value:.4f}", style="bold" if name == "loss" else None)
+    return table

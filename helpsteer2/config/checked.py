@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from helpsteer2.config.command import ConfigCommand
 from helpsteer2.config.compose import Composer, Composition, composer, conf_dir
@@ -21,10 +25,12 @@ class Checked:
     Attributes:
         overrides: The overrides to give to Hydra.
         jobs: The settings of each job, defaults filled in; one without a sweep.
+        sweep_dir: Folder of a sweep; None without one.
     """
 
     overrides: list[str]
     jobs: list[Settings]
+    sweep_dir: str | None = None
 
 
 def check(
@@ -70,12 +76,24 @@ def check(
                 jobs.append(settings)
             for mistake in mistakes:
                 reports[_report(mistake, folders, config_name, composition)] = None
+        is_sweep = multirun or compositions[0].is_multirun
+        sweep_dir = _sweep_dir() if is_sweep else None
     if reports:
         raise ConfigError(_message(command, list(reports)))
     return Checked(
         _with_additions(overrides, [c.overrides for c in compositions]),
         jobs,
+        sweep_dir,
     )
+
+
+def _sweep_dir() -> str | None:
+    """Where Hydra would put the sweep that was composed last."""
+    composed: Any = HydraConfig.instance().cfg
+    if composed is None:
+        return None
+    folder = OmegaConf.select(composed, "hydra.sweep.dir", throw_on_resolution_failure=False)
+    return None if folder is None else str(folder)
 
 
 def _compositions(hydra: Composer, overrides: Sequence[str], multirun: bool) -> list[Composition]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from helpsteer2.config.modules import Definition, Module, NotFound, lookup_expression, resolve
+from helpsteer2.config.signatures import lineage, read_signature
 
 Finding = tuple[str, str]
 """Dotted path of a value, and what is wrong with it."""
@@ -48,6 +52,9 @@ def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, Mapping):
         for key, item in node.items():
             yield from _texts(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for item in node:
+            yield from _texts(item, path)
     elif isinstance(node, str):
         yield path, node
 
@@ -72,12 +79,12 @@ def precision_keeps_master_weights(settings: Settings) -> Iterator[Finding]:
             f"{precision} keeps no fp32 master weights or needs loss scaling: use 32-true or "
             "bf16-mixed",
         )
-    dtype = settings["backbone.dtype"]
-    if dtype in {"bfloat16", "float16"}:
+    dtype, adapters = settings["backbone.dtype"], settings["backbone.lora"]
+    if dtype in {"bfloat16", "float16"} and adapters is None:
         yield (
             "backbone.dtype",
             f"{dtype} weights have no fp32 master copy, so small updates are rounded away: keep "
-            "float32 and set trainer.precision=bf16-mixed",
+            "float32 and set trainer.precision=bf16-mixed, or freeze them with lora=default",
         )
 
 
@@ -146,12 +153,14 @@ def training_ends(settings: Settings) -> Iterator[Finding]:
 _AT_LEAST_ONE = (
     "batching.global_batch", "batching.tokens_per_microbatch", "batching.max_steps",
     "schedule.validate_every", "schedule.checkpoint_every", "tokens_per_microbatch",
-    "lengths.max_prompt_tokens", "lengths.max_response_tokens",
+    "lengths.max_prompt_tokens", "lengths.max_response_tokens", "backbone.lora.rank",
 )  # fmt: skip
 _ABOVE_ZERO = (
-    "batching.epochs", "module.optimizer.lr", "module.gradient_clip",
+    "batching.epochs", "module.optimizer.lr", "module.gradient_clip", "backbone.lora.alpha",
 )  # fmt: skip
-_NOT_BELOW_ZERO = ("seed", "module.warmup_steps", "module.optimizer.weight_decay")
+_NOT_BELOW_ZERO = (
+    "seed", "module.warmup_steps", "module.optimizer.weight_decay", "backbone.lora.dropout",
+)  # fmt: skip
 
 
 def numbers_are_in_range(settings: Settings) -> Iterator[Finding]:
@@ -170,10 +179,15 @@ def numbers_are_in_range(settings: Settings) -> Iterator[Finding]:
             yield path, f"has to be 0 or more, got {value}"
 
 
+def _is_policy(settings: Settings) -> bool:
+    """Whether the model has no scores, so that attributes are not read."""
+    return str(settings["model._target_"]).endswith(".PolicyStart")
+
+
 def weightings_name_trained_attributes(settings: Settings) -> Iterator[Finding]:
     """A weighting of an attribute that the model does not score can never be applied."""
     attributes = settings["attributes"]
-    if not isinstance(attributes, list):
+    if not isinstance(attributes, list) or _is_policy(settings):
         return
     for path in ("weights.values", "module.loss.attribute_loss_weights"):
         weights = settings[path]
@@ -195,16 +209,83 @@ def attributes_are_named_once(settings: Settings) -> Iterator[Finding]:
     attributes = settings["attributes"]
     if not isinstance(attributes, list):
         return
-    if not attributes:
+    if not attributes and not _is_policy(settings):
         yield "attributes", "is empty: name at least one"
     repeated = sorted({str(name) for name in attributes if attributes.count(name) > 1})
     if repeated:
         yield "attributes", f"names {', '.join(repeated)} more than once"
 
 
+def preferences_train_one_score(settings: Settings) -> Iterator[Finding]:
+    """A pair is decided by one difference of scores."""
+    attributes = settings["attributes"]
+    is_preference = str(settings["module._target_"]).endswith(".PreferenceModule")
+    if is_preference and isinstance(attributes, list) and len(attributes) > 1:
+        yield (
+            "attributes",
+            f"a preference is learned by one score, here are {len(attributes)}: name one, "
+            f"attributes=[{attributes[0]}] for example",
+        )
+
+
+def module_trains_the_model(settings: Settings) -> Iterator[Finding]:
+    """``model`` has to build what the module's argument of that name asks for."""
+    start, module = settings["model._target_"], settings["module._target_"]
+    if not isinstance(start, str) or not isinstance(module, str):
+        return
+    try:
+        made, wanted = _built_by(start), _wanted_by(module)
+    except NotFound:
+        return  # told where the node itself is checked
+    if made is None or wanted is None:
+        return
+    family = {_full_name(parent) for parent in lineage(made) if parent is not None}
+    if _full_name(wanted) not in family:
+        yield (
+            "model",
+            f"builds a {_name(made)}, but {module.rpartition('.')[2]} trains a {_name(wanted)}: "
+            "leave start@model=… out, module=… chooses it",
+        )
+
+
+def _built_by(start: str) -> Definition | None:
+    """The class that a ``model`` builds, as the annotation of its method names it."""
+    build = resolve(f"{start}.build")
+    if build is None or not isinstance(build.node, ast.FunctionDef) or build.node.returns is None:
+        return None
+    return _class(lookup_expression(build.module, build.node.returns))
+
+
+def _wanted_by(module: str) -> Definition | None:
+    """The class of the models that a module trains; None if there are several."""
+    signature = read_signature(module)
+    wanted = None if signature is None else signature.parameters.get("model")
+    if wanted is None or wanted.annotation is None:
+        return None
+    return _class(lookup_expression(wanted.module, wanted.annotation))
+
+
+def _class(found: Definition | Module | None) -> Definition | None:
+    is_class = isinstance(found, Definition) and isinstance(found.node, ast.ClassDef)
+    return found if isinstance(found, Definition) and is_class else None
+
+
+def _name(definition: Definition) -> str:
+    return getattr(definition.node, "name", "")
+
+
+def _full_name(definition: Definition) -> str:
+    return f"{definition.module.name}.{_name(definition)}"
+
+
 SET_BY_RUN = {
     "max_epochs": "batching.epochs",
     "max_steps": "batching.max_steps",
+    "min_epochs": "batching.epochs",
+    "min_steps": "batching.max_steps",
+    "max_time": "batching.max_steps (a run that is stopped goes on where it was)",
+    "overfit_batches": "a smaller data set",
+    "num_sanity_val_steps": "schedule.validate_every",
     "limit_train_batches": "batching.max_steps",
     "fast_dev_run": "batching.max_steps=1",
     "accumulate_grad_batches": "batching.tokens_per_microbatch",
@@ -254,7 +335,8 @@ def local_paths_are_there(settings: Settings) -> Iterator[Finding]:
     """What can only be a local path has to exist; anything else may be a Hub id, or be made yet."""
     missing: dict[str, str] = {}
     for place, path in settings.texts():
-        is_read = place == "model" or place.rpartition(".")[2] == "path"
+        name = place.rpartition(".")[2]
+        is_read = place in {"model", "weak", "strong"} or name in {"path", "init_from"}
         if is_read and path.startswith(("/", "./", "../", "~")) and not _exists(path):
             missing.setdefault(path, place)
     for path, place in missing.items():
@@ -278,6 +360,8 @@ RULES: tuple[Rule, ...] = (
     numbers_are_in_range,
     weightings_name_trained_attributes,
     attributes_are_named_once,
+    preferences_train_one_score,
+    module_trains_the_model,
     trainer_leaves_steps_to_the_run,
     strategy_copies_the_model,
     run_folder_can_be_made,

@@ -60,8 +60,9 @@ class RewardScorer:
         attention: AttentionChoice = "auto",
         tokens_per_microbatch: int = 8192,
         device: torch.device | str = "auto",
+        base: str | Path | None = None,
     ) -> RewardScorer:
-        """Load an export, or any decoder sequence classifier of transformers.
+        """Load an export, its adapter alone, or any decoder sequence classifier of transformers.
 
         Args:
             path: Folder or Hub id.
@@ -69,13 +70,14 @@ class RewardScorer:
             attention: Attention backend.
             tokens_per_microbatch: Tokens of one forward pass.
             device: ``auto`` is the first GPU, or else the CPU.
+            base: Folder or Hub id of an adapter's base, if it has moved since the training.
 
         Raises:
             UserError: If the folder cannot be trusted to score right.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, _, chat = RewardModel.from_pretrained(path, dtype, attention, device)
+        model, _, chat = RewardModel.from_pretrained(path, dtype, attention, device, base)
         return cls(model, chat, tokens_per_microbatch)
 
     def score(self, groups: Iterable[Group]) -> Iterator[Scores]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, AttributeWeights
-from helpsteer2.commands.evaluate import evaluate, find_metric
+from helpsteer2.commands.evaluate import evaluate, find_metric, short_names
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.data.groups import Group
 from helpsteer2.data.lengths import CutReport
@@ -229,3 +229,77 @@ def test_the_command_line_builds_what_the_function_takes(
     assert result["config"]["evaluators"]["rewardbench"]["path"] == bench
     assert len(result["metrics"]["rewardbench"]["weightings"]) == 6
     assert "helpsteer2_llama3_70b" in capsys.readouterr().out
+
+
+def test_several_models_stand_side_by_side(scorer, arguments, tmp_path, monkeypatch, capsys):
+    paths = []
+    for name in ("regression", "pairs"):
+        folder = tmp_path / "runs" / name / "export"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(name.encode())
+        paths.append(str(folder))
+
+    class OneScore(LengthScorer):
+        """A model of one score, which prefers the longer response too."""
+
+        attribute_names = ("reward",)
+
+        def score(self, groups):
+            return (rows[:, :1] for rows in super().score(groups))
+
+    class ByPath:
+        @staticmethod
+        def from_pretrained(path, **settings):
+            kind = OneScore if "pairs" in path else LengthScorer
+            return kind.from_pretrained(path, **settings)
+
+    monkeypatch.setattr(sys.modules["helpsteer2.rewards.scorer"], "RewardScorer", ByPath)
+    metric = f"regression/{METRIC}"
+    assert evaluate(**{**arguments, "model": paths, "optimized_metric": metric}) == 0.0
+    result = RunFolder(tmp_path / "run").result()
+    assert set(result["metrics"]) == {"regression", "pairs"}
+    assert {name: model["path"] for name, model in result["models"].items()} == dict(
+        zip(("regression", "pairs"), paths, strict=True)
+    )
+    assert set(result["fingerprints"]) == {"ratings", "rewardbench"}
+    assert "model" not in result
+    output = capsys.readouterr().out
+    table = output[output.index("rewardbench: models side by side") :]
+    header = next(line for line in table.splitlines() if "regression" in line)
+    assert header.split() == ["rewardbench", "regression", "pairs"]
+    rows = {line.split(",")[0].strip(): line.split()[2:] for line in table.splitlines()}
+    assert rows["helpfulness_only"][-2:] == ["100.0", "–"]
+    assert rows["score"][-2:] == ["–", "100.0"]
+    # The scores of each are kept apart and found again.
+    scored = len(scorer.scored)
+    evaluate(**{**arguments, "model": paths[::-1]})
+    assert len(scorer.scored) == scored
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["outputs/a/export", "outputs/b/export"], ["a", "b"]),
+        (["org/one", "org/two"], ["one", "two"]),
+        (["x", "y/x"], ["x", "y/x"]),
+        (["run/export", "run/checkpoint"], ["export", "checkpoint"]),
+        (["only/export"], ["export"]),
+    ],
+)
+def test_models_are_named_by_what_tells_them_apart(models, names):
+    assert short_names(models) == dict(zip(names, models, strict=True))
+
+
+@pytest.mark.parametrize("models", [[], ["a/b", "a/b"], ["a/b/", "a/b"]])
+def test_no_model_and_one_named_twice_are_refused(scorer, arguments, models):
+    with pytest.raises(UserError, match="each once"):
+        evaluate(**{**arguments, "model": models})
+    assert scorer.loads == []
+
+
+def test_the_configuration_takes_a_list_of_models():
+    from helpsteer2.commands import CONFIG_COMMANDS
+    from helpsteer2.config.checked import check
+
+    (job,) = check(CONFIG_COMMANDS["evaluate"], ["model=[runs/a/export,runs/b/export]"]).jobs
+    assert job["model"] == ["runs/a/export", "runs/b/export"]

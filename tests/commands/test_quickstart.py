@@ -24,14 +24,17 @@ def test_quickstart_trains_evaluates_and_says_what_to_try_next(tmp_path: Path) -
         figures = record["metrics"]["ratings"]["attributes"][name]["predictors"]["model"]
         row = next(line for line in ran.stdout.splitlines() if f"│ {name} " in line and "%" in line)
         assert f"{figures['mse']['value']:.2f}" in row
+    decided = record["metrics"]["preferences"]["pairs"]
+    assert any("│ all " in line and str(decided) in line for line in ran.stdout.splitlines())
 
     # The first thing it tells to try works when pasted into a shell.
-    example = ran.stdout.split("Next:\n")[1].split("\n  python -m helpsteer2 train")[0]
+    example = ran.stdout.split("Next:\n")[1].split("\n  python -m helpsteer2 data")[0]
     shell = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     scored = subprocess.run(
         ["bash", "-c", example], cwd=tmp_path, capture_output=True, text=True, env={"PATH": shell}
     )
     assert scored.returncode == 0, scored.stderr
+    assert (run_dir / "reward" / "plots" / "scatter.png").is_file()
     assert set(json.loads(scored.stdout)["scores"]) == set(
         record["metrics"]["ratings"]["attributes"]
     )

@@ -118,6 +118,25 @@ def test_a_value_in_a_file_is_found_at_its_line(project: Any) -> None:
     assert len(lines) == 2
 
 
+def test_what_another_choice_brings_along_is_found_and_can_be_overridden(project: Any) -> None:
+    project.write("conf/driver/wheel.yaml", "_target_: PACKAGE.parts.Wheel\ncuont: 3\n")
+    project.write("conf/driver/engine.yaml", "_target_: PACKAGE.parts.Engine\nwidth: 1\n")
+    project.write(
+        "conf/engine/driven.yaml",
+        """\
+        defaults:
+          - /driver@_global_.driver: wheel
+
+        _target_: PACKAGE.parts.Engine
+        width: 3
+        """,
+    )
+    lines = project.mistakes("engine=driven")
+    assert any("driver.cuont: " in x and "[conf/driver/wheel.yaml:2]" in x for x in lines)
+    (job,) = project.check("engine=driven", "driver=engine", "driver.rate=2").jobs
+    assert job["driver.rate"] == 2
+
+
 def test_all_mistakes_come_together(project: Any) -> None:
     lines = project.mistakes(
         "sed=1", "engine=smal", "engine.widht=1", "seed=abc", "note=3", "a=[1", "weights.good=x"

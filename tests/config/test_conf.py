@@ -14,14 +14,19 @@ from helpsteer2.config.annotations import TARGET
 from helpsteer2.config.checked import check
 from helpsteer2.config.compose import conf_dir
 from helpsteer2.config.signatures import read_signature
+from helpsteer2.errors import ConfigError
 
 CONF = conf_dir()
-GROUPS = ("backbone", "data", "logger", "module", "trainer", "weights")
+GROUPS = ("backbone", "data", "logger", "lora", "module", "trainer", "weights")
 NEEDS = {
     "backbone=local": ["backbone.path=some/model"],
     "data=local": ["data.path=some/folder"],
     "data=groups": ["data.path=some/folder"],
     "experiment=reward/local_slice": ["data.path=some/folder"],
+    "experiment=reward/world": ["backbone.path=some/model"],
+    "experiment=reward/helpsteer2_preference_scaled_from_regression": [
+        "model.init_from=some/export"
+    ],
 }
 """What has to be given with a choice that leaves something open."""
 
@@ -42,6 +47,18 @@ def test_every_experiment_composes_and_validates(choice: str) -> None:
 def test_every_option_composes_and_validates(group: str) -> None:
     for choice in options(group):
         check(CONFIG_COMMANDS["train"], [choice, *NEEDS.get(choice, [])])
+
+
+def test_a_module_brings_the_kind_of_model_that_it_trains() -> None:
+    command, kinds = CONFIG_COMMANDS["train"], {"sft": "PolicyStart", "regression": "RewardStart"}
+    for module, kind in kinds.items():
+        (job,) = check(command, [f"module={module}"]).jobs
+        assert job["model._target_"] == f"helpsteer2.models.start.{kind}"
+    assert {choice.partition("=")[2] for choice in options("start")} == {"policy", "reward"}
+    (job,) = check(command, ["module=regression", "model.init_from=some/export"]).jobs
+    assert job["model.init_from"] == "some/export"
+    with pytest.raises(ConfigError, match=r"model: builds a RewardModel, but SFTModule trains a"):
+        check(command, ["module=sft", "start@model=reward"])
 
 
 def test_evaluate_takes_every_evaluator_and_weighting() -> None:
@@ -74,8 +91,64 @@ def test_the_paper_recipe_has_the_paper_values() -> None:
     }
 
 
-def test_every_value_of_the_paper_recipe_names_its_source() -> None:
-    text = (CONF / "experiment/reward/helpsteer2_llama3_70b.yaml").read_text(encoding="utf-8")
+def test_adapters_are_one_word_away_and_may_stand_beside_bf16_weights() -> None:
+    command = CONFIG_COMMANDS["train"]
+    (job,) = check(command, []).jobs
+    assert job["backbone.lora"] is None
+    (job,) = check(command, ["lora=default", "backbone.dtype=bfloat16"]).jobs
+    assert job["backbone.lora.rank"] == 16
+    (job,) = check(command, ["lora=default", "backbone.lora.target_modules=all-linear"]).jobs
+    assert job["backbone.lora.target_modules"] == "all-linear"
+    for wrong in ("backbone.lora.target_modules=all", "backbone.lora.rnk=3", "lora=big"):
+        with pytest.raises(ConfigError, match="lora"):
+            check(command, ["lora=default", wrong])
+
+
+def test_the_recipe_of_the_preference_chain_has_its_values() -> None:
+    names = ("regression", "bradley_terry", "margin", "scaled", "scaled_from_regression")
+    jobs = {}
+    for name in names:
+        choice = f"experiment=reward/helpsteer2_preference_{name}"
+        (jobs[name],) = check(CONFIG_COMMANDS["train"], [choice, *NEEDS.get(choice, [])]).jobs
+    base = "meta-llama/Llama-3.1-70B-Instruct"
+    assert {job["backbone.path"] for job in jobs.values()} == {base}
+    assert {job["batching.global_batch"] for job in jobs.values()} == {64}
+    first, *pairs = jobs.values()
+    # arXiv 2410.01257; NeMo-Aligner, docs/user-guide/steerlm.rst: 317 steps, then 105.
+    assert (first["module.optimizer.lr"], first["attributes"]) == (2e-6, ["helpfulness"])
+    assert 10_162 * first["batching.epochs"] // 64 == 317
+    for job in pairs:
+        assert job["module.optimizer.lr"] == 1e-6
+        assert job["module.warmup_steps"] == 10
+        assert 6_766 * job["batching.epochs"] // 64 == 105
+        assert job["data.config"] == "preference"
+    losses = [job["module.loss._target_"].rpartition(".")[2] for job in pairs]
+    scaled = "ScaledBradleyTerry"
+    assert losses == ["BradleyTerry", "MarginBradleyTerry", scaled, scaled]
+    assert [job["attributes"] for job in pairs] == [["reward"]] * 3 + [["helpfulness"]]
+    assert [job["model.init_from"] for job in pairs] == [None] * 3 + ["some/export"]
+
+
+def test_a_preference_module_alone_is_a_whole_configuration() -> None:
+    for name in ("bradley_terry", "margin_bradley_terry", "scaled_bradley_terry"):
+        (job,) = check(CONFIG_COMMANDS["train"], [f"module={name}"]).jobs
+        assert job["attributes"] == ["reward"]
+        assert job["weights"] is None
+    given = ["module=bradley_terry", "attributes=[verbosity]", "weights=uniform"]
+    with pytest.raises(ConfigError, match="names helpfulness"):
+        check(CONFIG_COMMANDS["train"], given)
+
+
+PAPER_RECIPES = (
+    "helpsteer2_llama3_70b",
+    "helpsteer2_preference_bradley_terry",
+    "helpsteer2_preference_regression",
+)
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_every_value_of_a_paper_recipe_names_its_source(recipe: str) -> None:
+    text = (CONF / f"experiment/reward/{recipe}.yaml").read_text(encoding="utf-8")
     body = text[text.index("batching:") :].splitlines()
     source = ""
     for line in body:

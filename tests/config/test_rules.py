@@ -47,6 +47,12 @@ GOOD: dict[str, Any] = {
 }
 
 
+REWARD = {"_target_": "helpsteer2.models.start.RewardStart"}
+POLICY = {"_target_": "helpsteer2.models.start.PolicyStart"}
+REGRESSION = {"_target_": "helpsteer2.modules.regression.RegressionModule"}
+SFT = {"_target_": "helpsteer2.modules.sft.SFTModule"}
+
+
 def findings(**changes: Any) -> list[str]:
     """Paths that the rules complain about; ``__`` stands for a dot."""
     config = copy.deepcopy(GOOD)
@@ -76,6 +82,11 @@ def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
         ({"trainer__precision": "16-true"}, "trainer.precision"),
         ({"trainer__precision": "16-mixed"}, "trainer.precision"),
         ({"backbone__dtype": "bfloat16"}, "backbone.dtype"),
+        ({"backbone__dtype": "bfloat16", "backbone__lora": None}, "backbone.dtype"),
+        ({"backbone__lora": {"rank": 0}}, "backbone.lora.rank"),
+        ({"backbone__lora": {"alpha": 0.0}}, "backbone.lora.alpha"),
+        ({"backbone__lora": {"dropout": -0.1}}, "backbone.lora.dropout"),
+        ({"trainer__precision": "bf16-true", "backbone__lora": {}}, "trainer.precision"),
         ({"backbone__path": None}, "backbone.path"),
         ({"backbone__path": None, "backbone__init": "random"}, "backbone.config"),
         (
@@ -113,6 +124,12 @@ def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
             "module.loss.attribute_loss_weights",
         ),
         ({"attributes": ["helpfulness", "helpfulness"]}, "attributes"),
+        ({"model": POLICY, "module": REGRESSION}, "model"),
+        ({"model": REWARD, "module": SFT}, "model"),
+        ({"model": REWARD | {"init_from": "./no/such/model"}}, "model.init_from"),
+        ({"attributes": [], "weights": None}, "attributes"),
+        ({"module___target_": "helpsteer2.modules.preference.PreferenceModule"}, "attributes"),
+        ({"model": ["some/model", "/no/such/model"]}, "model"),
         ({"trainer__max_steps": 5}, "trainer.max_steps"),
         ({"trainer__gradient_clip_val": 1.0}, "trainer.gradient_clip_val"),
         ({"trainer__strategy": "fsdp"}, "trainer.strategy"),
@@ -134,6 +151,7 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], path: str) -> None
             "backbone__config": {"model_type": "llama"},
         },
         {"backbone__attention": "flash"},
+        {"backbone__dtype": "bfloat16", "backbone__lora": {"rank": 8}},
         {"backbone__attention": "sdpa", "trainer__accelerator": "cpu"},
         {"batching__epochs": None, "batching__max_steps": 3},
         {"trainer__devices": "auto", "batching__global_batch": 1},
@@ -141,6 +159,11 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], path: str) -> None
         {"weights": None},
         {"module__loss__attribute_loss_weights": {"verbosity": 0.5}},
         {"trainer__logger": False},
+        {"model": POLICY, "module": SFT},
+        {"model": POLICY, "module": SFT, "attributes": []},
+        {"model": REWARD, "module": REGRESSION},
+        # What is misspelt is told where the node itself is checked.
+        {"model": {"_target_": "helpsteer2.models.start.NoSuchStart"}, "module": SFT},
         {"model": "outputs/later/export"},
         {"model": str(Path(__file__).parent)},
     ],

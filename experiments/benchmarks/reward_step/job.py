@@ -153,7 +153,7 @@ def load_corpus(real_data: str | None, cache_dir: Path) -> Corpus:
 
 def _source(real_data: str | None) -> tuple[GroupSource, str]:
     from helpsteer2.data.sources.helpsteer import HelpSteer2
-    from helpsteer2.world.generator import WorldSource
+    from helpsteer2.world.source import WorldSource
 
     if real_data is None:
         return WorldSource(groups=1024, validation_groups=1, seed=0), "embedded world"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,20 @@ from helpsteer2.callbacks.metrics_log import MetricsLog
 from helpsteer2.callbacks.progress import ProgressReport
 from helpsteer2.data.datamodule import Batching, GroupDataModule
 from helpsteer2.losses.regression import RegressionLoss
+from helpsteer2.models.lora import Lora
 from helpsteer2.models.reward import RewardModel
 from helpsteer2.modules.regression import RegressionModule
 
 
-def run(turns: Turns, job: Job) -> None:
-    """Train, one step a turn."""
+def run(turns: Turns, job: Job, lora: Lora | None = None) -> None:
+    """Train all weights, or adapters beside them, one step a turn."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     groups = job.groups()
     batching = Batching(
         job.size.groups_per_step, job.tokens_per_microbatch, max_steps=job.total_steps
     )
-    model = RewardModel(job.backbone().build(job.tokenizer, SEED), job.spec)
+    backbone = replace(job.backbone(), lora=lora)
+    model = RewardModel(backbone.build(job.tokenizer, SEED), job.spec)
     module = RegressionModule(
         model,
         loss=RegressionLoss(),
