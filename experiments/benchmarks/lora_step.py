@@ -13,7 +13,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,7 @@ from experiments.benchmarks.reward_step import ours
 from experiments.benchmarks.reward_step.cost import SIZES
 from experiments.benchmarks.reward_step.job import LIMITS, Job, load_corpus, make_job
 from experiments.benchmarks.reward_step.summary import spread
-from experiments.benchmarks.reward_step.turns import Turns, Worker
+from experiments.benchmarks.reward_step.turns import Turns, take_turns
 from helpsteer2.models.lora import Lora
 from helpsteer2.records import environment, write_json_atomic
 
@@ -119,22 +118,9 @@ def _turns(
     title: str, job: Job, arguments: argparse.Namespace, console: Console
 ) -> dict[str, list[dict[str, Any]]]:
     """The measured steps of every contender, one step each in turn."""
-    contenders = {FULL: None, **{name: ADAPTERS[name] for name in arguments.adapters}}
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    with ExitStack() as stack:
-        workers = []
-        for name, lora in contenders.items():
-            workers.append(Worker(name, HERE, arguments.threads, job=job, lora=lora))
-            stack.callback(workers[-1].close)
-        for worker in workers:
-            worker.wait_ready()
-        for round_number in range(job.total_steps):
-            first = round_number % len(workers)  # nobody always comes after the same one
-            for worker in workers[first:] + workers[:first]:
-                turns[worker.name].append(worker.turn())
-            seconds = "  ".join(f"{n} {t[-1]['seconds']:.2f}s" for n, t in turns.items())
-            line = f"{title} {round_number + 1}/{job.total_steps}  {seconds}"
-            console.print(line, soft_wrap=True)
+    adapters = {FULL: None, **{name: ADAPTERS[name] for name in arguments.adapters}}
+    contenders = {name: (HERE, {"lora": lora}) for name, lora in adapters.items()}
+    turns = take_turns(title, contenders, job, arguments.threads, console)
     return {name: rounds[job.warmup_steps :] for name, rounds in turns.items()}
 
 

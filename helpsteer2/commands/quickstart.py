@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     run_dir, console = Path(arguments.run_dir), Console()
     started = time.monotonic()
+    # Threads that spin while they wait would slow a small model down wherever cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     policy, reward, evaluation = (run_dir / name for name in ("policy", "reward", "evaluation"))
     data = [override for override in arguments.overrides if override.startswith("data.")]
     stages = [

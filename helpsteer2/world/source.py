@@ -38,8 +38,8 @@ class WorldSource:
         ratings: ``annotators`` (whole numbers, aggregated as HelpSteer2's) or ``oracle`` (what each
             text deserves, continuous). The texts are the same.
         marked: Share of the prompts, 0–1, that ask to mark each claim as right or wrong. A language
-            model that learns to do so knows how to judge a claim; from ratings of whole answers
-            alone a small one takes several times as long to find out.
+            model that learns to do so knows how to judge a claim, which is hard to find out from
+            ratings of whole answers alone.
 
     Raises:
         UserError: If a number is below 1, or the share is none.

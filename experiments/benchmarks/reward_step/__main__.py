@@ -14,7 +14,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.console import Console
 from experiments.benchmarks.reward_step.cost import SIZES, VOCABULARY
 from experiments.benchmarks.reward_step.job import LIMITS, Corpus, Job, load_corpus, make_job
 from experiments.benchmarks.reward_step.summary import RATES, Heat, spread, summarise, table
-from experiments.benchmarks.reward_step.turns import Worker
+from experiments.benchmarks.reward_step.turns import take_turns
 from helpsteer2.records import environment, write_json_atomic
 
 HERE = "experiments.benchmarks.reward_step"
@@ -121,26 +120,12 @@ def _case(size: str, job: Job, arguments: argparse.Namespace, console: Console) 
 
 def _heat(title: str, job: Job, peers: Sequence[str], threads: int, console: Console) -> Heat:
     """Measure ours and some peers, one step each in turn."""
-    contenders = {
+    contenders: dict[str, tuple[str, dict[str, Any]]] = {
         OURS: (f"{HERE}.ours", {}),
         **{name: (f"{HERE}.peer", PEERS[name]) for name in peers},
         MATMUL: (f"{HERE}.matmul", {}),
     }
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    with ExitStack() as stack:
-        workers = []
-        for name, (module, options) in contenders.items():
-            workers.append(Worker(name, module, threads, job=job, **options))
-            stack.callback(workers[-1].close)
-        for worker in workers:
-            worker.wait_ready()
-        for round_number in range(job.total_steps):
-            first = round_number % len(workers)  # nobody always comes after the same one
-            for worker in workers[first:] + workers[:first]:
-                turns[worker.name].append(worker.turn())
-            seconds = "  ".join(f"{n} {t[-1]['seconds']:.2f}s" for n, t in turns.items())
-            line = f"{title} {round_number + 1}/{job.total_steps}  {seconds}"
-            console.print(line, soft_wrap=True)
+    turns = take_turns(title, contenders, job, threads, console)
     measured = {name: rounds[job.warmup_steps :] for name, rounds in turns.items()}
     rates = measured.pop(MATMUL)
     return Heat(measured, rates)

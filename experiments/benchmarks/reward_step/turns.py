@@ -12,11 +12,16 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.reward_step.job import Job
 
 Report = dict[str, Any]
 
@@ -120,6 +125,43 @@ class Worker:
         if "error" in report:
             raise RuntimeError(f"{self.name} failed:\n{report['error']}")
         return report
+
+
+def take_turns(
+    title: str,
+    contenders: Mapping[str, tuple[str, Report]],
+    job: Job,
+    threads: int,
+    console: Console,
+) -> dict[str, list[Report]]:
+    """Give every contender one step in turn, as often as the job has steps.
+
+    Args:
+        title: Stands before each round's line on the console.
+        contenders: Module and arguments of each, by name.
+        job: What all of them train on.
+        threads: Of each process.
+        console: Shows every round.
+
+    Returns:
+        The reports of each contender, warm-up included.
+    """
+    turns: dict[str, list[Report]] = {name: [] for name in contenders}
+    with ExitStack() as stack:
+        workers = []
+        for name, (module, arguments) in contenders.items():
+            workers.append(Worker(name, module, threads, job=job, **arguments))
+            stack.callback(workers[-1].close)
+        for worker in workers:
+            worker.wait_ready()
+        for round_number in range(job.total_steps):
+            first = round_number % len(workers)  # nobody always comes after the same one
+            for worker in workers[first:] + workers[:first]:
+                turns[worker.name].append(worker.turn())
+            seconds = "  ".join(f"{n} {t[-1]['seconds']:.2f}s" for n, t in turns.items())
+            line = f"{title} {round_number + 1}/{job.total_steps}  {seconds}"
+            console.print(line, soft_wrap=True)
+    return turns
 
 
 def _serve(connection: Connection, module: str, threads: int, arguments: Report) -> None:
