@@ -32,6 +32,8 @@ from helpsteer2.rewards.scorer import RewardScorer
 
 RESULT = Path(__file__).parent / "results" / "world_preferences.json"
 HELD_OUT, HELD_OUT_SEED = 1000, 1003
+PAIRS = 19_200
+"""Pairs that each training sees: half of experiment=reward/world, where losses still differ."""
 CLEAR = 1.0
 """Oracle's difference in helpfulness from which a pair counts as clear."""
 
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         "command": "python -m experiments.benchmarks.world_preferences --seeds "
         + " ".join(map(str, options.seeds)),
+        "pairs": PAIRS,
         "held_out_pairs": len(held_out),
         "clear_gap": CLEAR,
         "summary": summary,
@@ -83,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def chain(out: Path, seed: int, overrides: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Train everything of one seed; names and exports."""
     policy = run("train", out / "policy", ["experiment=sft/world", f"seed={seed}", *overrides])
-    base = ["experiment=reward/world", f"backbone.path={policy}", f"seed={seed}", *overrides]
+    base = ["experiment=reward/world", f"data.groups={PAIRS}"]
+    base += [f"backbone.path={policy}", f"seed={seed}", *overrides]
     for name, own in FIRST_STAGE.items():
         export = run("train", out / name, [*base, *own])
         yield name, export
