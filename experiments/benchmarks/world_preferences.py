@@ -41,7 +41,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t, two-sided 95 %, by the number of seeds."""
 
 FIRST_STAGE: dict[str, list[str]] = {
-    "regression": ["attributes=[helpfulness]"],
+    "regression": ["attributes=[helpfulness]", "weights=helpfulness_only"],
     "Bradley–Terry": ["module=bradley_terry", "attributes=[reward]"],
     "margin": ["module=margin_bradley_terry", "attributes=[reward]"],
     "scaled": ["module=scaled_bradley_terry", "attributes=[reward]"],
