@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 14) else f"Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}: make install PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,bench,lora,sweeps]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,bench,lora,sweeps,serve]"
 	@touch $@
 
 quickstart: install ## train a policy and a reward model from it on made-up data, evaluate, show tables

@@ -30,8 +30,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "train, evaluate, expo and check take Hydra overrides: key=value, -m, --cfg job, "
-            "--info.",
+            f"{', '.join(CONFIG_COMMANDS)} and check take Hydra overrides:",
+            "key=value, -m, --cfg job, --info.",
             "`helpsteer2 COMMAND --help` says more; "
             'eval "$(helpsteer2 -sc install=bash)" completes in the shell.',
         ]

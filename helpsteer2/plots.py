@@ -220,6 +220,49 @@ def calibration(columns: Mapping[str, Calibration], *, title: str) -> Figure:
     return figure
 
 
+def bars(
+    series: Mapping[str, Sequence[Mapping[str, float]]],
+    labels: Sequence[str],
+    *,
+    title: str,
+    limits: tuple[float, float],
+) -> Figure:
+    """Figures beside each other, with their intervals: a group of bars a label.
+
+    Args:
+        series: By name ``value``, ``low`` and ``high`` of each label, as an ``Interval`` is stored;
+            the ends of one that is not known are None.
+        labels: What the figures are of.
+        title: Stands above.
+        limits: Ends of the axis.
+
+    Returns:
+        A figure, not shown anywhere yet.
+
+    Raises:
+        ValueError: If there is no series, or one has not a figure for each label.
+    """
+    with style():
+        figure, (axes,) = _panels(1, title)
+        figure.set_size_inches(1.5 + 1.5 * len(labels), 3.3)
+        width, places = 0.8 / max(1, len(series)), np.arange(len(labels))
+        for i, (name, intervals) in enumerate(series.items()):
+            if len(intervals) != len(labels):
+                raise ValueError(f"{name}: {len(intervals)} figures for {len(labels)} labels")
+            value, low, high = (
+                np.array([interval[end] for interval in intervals], dtype=np.float64)
+                for end in ("value", "low", "high")
+            )
+            # Rounding may put a value a hair beside its own interval.
+            ends = np.nan_to_num(np.maximum([value - low, high - value], 0.0))
+            shifted = places + (i - (len(series) - 1) / 2) * width
+            axes.bar(shifted, value, 0.9 * width, label=name, yerr=ends, ecolor="black")
+        axes.set_xticks(places, labels)
+        axes.set_ylim(limits)
+        axes.legend(ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """A figure with a title and panels in rows of three."""
     # Not through pyplot, which would keep every figure alive and choose a display.

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -107,6 +107,43 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     raise TypeError(f"{type(value).__name__} is no data: {value!r}")
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare two configurations.
+
+    Args:
+        old: Nested mappings; lists count as values.
+        new: Likewise.
+
+    Returns:
+        Dotted key → old and new value, None for a key that is not there.
+    """
+    before, after = dict(flat(plain(old))), dict(flat(plain(new)))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by dotted key; lists and empty mappings count as values.
+
+    Args:
+        node: Nested mappings.
+        prefix: Put before every key.
+    """
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_among(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of the keys, or below one of them."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def environment() -> dict[str, Any]:

@@ -173,6 +173,27 @@ def test_reward_step_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_dpo_step_runs(tmp_path: Path) -> None:
+    record = run_benchmark(
+        "dpo_step",
+        tmp_path / "record.json",
+        *"--size XS --dtype fp32 --rounds 2 --warmup 1 --threads 1 --vocabulary 9000".split(),
+        *"--peers trl_defaults trl_precomputed trl_grouped_4 --at-once 3".split(),
+    )
+    (case,) = record["cases"]
+    assert case["model"]["vocab_size"] == 9000
+    assert set(case["contenders"]) == {
+        "ours", "ours_reference", "trl_defaults", "trl_precomputed", "trl_grouped_4",
+    }  # fmt: skip
+    for figures in case["contenders"].values():
+        assert len(figures["rounds"]["seconds"]) == 2
+        assert figures["groups_per_second"]["median"] > 0
+    assert case["memory"]["state_mib"] > 0
+    assert "ours_reference" not in case["memory"]["peak_above_state_mib"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_lora_step_runs(tmp_path: Path) -> None:
     options = "--size XS --rounds 2 --warmup 1 --threads 1 --adapters default all_linear".split()
@@ -195,3 +216,15 @@ def test_planning_runs(tmp_path: Path) -> None:
     assert large["mib_on_disk"] > 10 * small["mib_on_disk"]
     if large["private_mib"] is not None:  # None where the system is not Linux
         assert large["private_mib"] < large["mib_on_disk"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="fastapi is not installed")
+def test_http_scoring_runs(tmp_path: Path) -> None:
+    options = "--size XS --rounds 2 --warmup 1 --groups 40 --clients 8 --threads 1".split()
+    record = run_benchmark("http_scoring", tmp_path / "record.json", *options)
+    (case,) = record["cases"]
+    assert len(case["rounds"]["http"]) == len(case["rounds"]["in_process"]) == 2
+    assert case["throughput_share"]["per_round"]["median"] > 0
+    assert case["latency_seconds"]["p99"] >= case["latency_seconds"]["p50"] > 0
+    assert case["largest_difference"] < 1e-4

@@ -21,10 +21,11 @@ FLOORS = [
     {"attributes", "records", "functional"},
     {"data", "plots"},
     {"losses", "models", "world"},
-    {"rewards"},
+    {"generation", "rewards"},
     {"modules"},
     {"callbacks", "evaluation"},
     {"config"},
+    {"pipeline"},
     {"commands"},
     {"__main__"},
 ]

@@ -25,7 +25,9 @@ MATRIX = np.array([[1.0, -0.3, math.nan], [-0.3, 1.0, 0.9], [math.nan, 0.9, 1.0]
 def every_figure():
     pair = {"helpfulness": (PREDICTED, RATED)}
     bins = {"helpfulness": statistics.calibration(PREDICTED, RATED)}
+    series = {"policy": [{"value": 2.0, "low": 1.5, "high": 2.25}]}
     return {
+        "bars": plots.bars(series, ["helpfulness"], title="t", limits=(0, 4)),
         "histograms": plots.histograms({"rated": RATED, "length": PREDICTED}, title="t"),
         "heat_map": plots.heat_map(MATRIX, ["a", "b", "c"], title="t"),
         "scatter": plots.scatter(pair, title="t"),
@@ -116,6 +118,34 @@ def test_scatter_moves_dots_sideways_only_and_marks_the_means() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rated x", "predicted x")
     with pytest.raises(ValueError, match="predictions for"):
         plots.scatter({"x": (predicted[:2], rated)}, title="t")
+
+
+def test_bars_have_the_heights_and_the_ends_that_are_known() -> None:
+    series = {
+        "before": [
+            {"value": 1.0, "low": 0.5, "high": 2.0},
+            {"value": 3.0, "low": None, "high": None},
+        ],
+        "after": [
+            {"value": 2.0, "low": 2.0, "high": 2.5},
+            {"value": None, "low": None, "high": None},
+        ],
+    }
+    [axes] = plots.bars(series, ["a", "b"], title="t", limits=(0, 4)).axes
+    assert axes.get_ylim() == (0, 4)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
+    before, after = (list(container) for container in axes.containers[1::2])
+    assert [bar.get_height() for bar in before] == [1.0, 3.0]
+    assert after[0].get_height() == 2.0
+    assert math.isnan(after[1].get_height())
+    # Side by side, around the place of their label.
+    assert before[0].get_x() + before[0].get_width() <= after[0].get_x()
+    assert before[0].get_center()[0] == pytest.approx(-after[0].get_center()[0])
+    lines = axes.collections[0].get_segments()
+    assert [line[:, 1].tolist() for line in lines] == [[0.5, 2.0], [3.0, 3.0]]
+    with pytest.raises(ValueError, match="2 figures for 1 labels"):
+        plots.bars(series, ["a"], title="t", limits=(0, 4))
 
 
 def test_calibration_shows_the_bins() -> None:

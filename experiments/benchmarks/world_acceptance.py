@@ -33,6 +33,9 @@ from rich.console import Console
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, AttributeWeights
 from helpsteer2.data.groups import Group, read_all
 from helpsteer2.data.sources.group_files import write_groups
+from helpsteer2.evaluation.policies import EvaluatedPolicy
+from helpsteer2.evaluation.scoring import EvaluationContext
+from helpsteer2.evaluation.world_policy import WorldPolicyEvaluation
 from helpsteer2.functional.statistics import (
     cluster_bootstrap,
     pairs_within,
@@ -40,12 +43,12 @@ from helpsteer2.functional.statistics import (
     r2,
     strict_wins,
 )
+from helpsteer2.generation.local import LocalEngine
+from helpsteer2.generation.sampling import SamplingParams
 from helpsteer2.records import environment, write_json_atomic
 from helpsteer2.rewards.scorer import RewardScorer
-from helpsteer2.world.answers import best_answer
-from helpsteer2.world.oracle import rate, rate_answer
+from helpsteer2.world.oracle import rate
 from helpsteer2.world.source import WorldSource
-from helpsteer2.world.tasks import parse_task
 
 Array = npt.NDArray[np.float64]
 
@@ -56,6 +59,8 @@ WEIGHTS = AttributeWeights(
 PAIRS = 38_400
 """Pairs that a reward model is trained on, as experiment=reward/world has them."""
 SAMPLES = 10
+POLICY_DATA = 1001
+"""Seed of the prompts that policies answer."""
 MIN_GAP = 1.0
 """Pairs count where the oracle's ratings differ by at least this much."""
 
@@ -69,11 +74,6 @@ def oracle_world(groups: int, seed: int) -> list[Group]:
 def ratings_of(groups: Sequence[Group]) -> Array:
     """The oracle's ratings of every response, ``(R, A)``."""
     return np.array([rate(group.prompt, text) for group in groups for text in group.responses])
-
-
-def reward(ratings: Array) -> Array:
-    """The reward of ratings ``(..., A)`` under the weighting of the paper's policies."""
-    return np.asarray(WEIGHTS.reward(ratings, HELPSTEER2_ATTRIBUTES))
 
 
 # What texts alone tell.
@@ -144,63 +144,28 @@ def _ridge(fit: Array, targets: Array, test: Array, penalty: float) -> Array:
 # The policy.
 
 
-def sample(folder: Path, groups: Sequence[Group], seed: int) -> list[list[str]]:
-    """``SAMPLES`` answers to every prompt at temperature 1, by plain transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    torch.manual_seed(seed)
-    answers: list[list[str]] = []
-    for start in range(0, len(groups), 32):
-        prompts = [list(group.prompt) for group in groups[start : start + 32]]
-        inputs = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
-        with torch.inference_mode():
-            ids = model.generate(
-                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96,
-                num_return_sequences=SAMPLES, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        texts = tokenizer.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        answers += [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
-    return answers
-
-
 def policy_figures(folder: Path, groups: Sequence[Group], seed: int) -> dict[str, Any]:
     """The policy's place between the worst and the best answers, and what is left to gain."""
-    tasks = [parse_task(group.prompt) for group in groups]
-    drawn = sample(folder, groups, seed)
-    ratings = np.array([
-        [rate_answer(task, text) for text in texts]
-        for task, texts in zip(tasks, drawn, strict=True)
-    ])  # fmt: skip
-    best = reward(np.array([rate_answer(task, best_answer(task)) for task in tasks]))
-    mean, top = reward(ratings).mean(1), reward(ratings).max(1)
-
-    def figures(rows: npt.NDArray[np.int64]) -> list[float]:
-        gap = best[rows].mean() - mean[rows].mean()
-        # The worst answers, empty ones for instance, are rated 0.
-        share = mean[rows].mean() / best[rows].mean()
-        return [share, float((top[rows] - mean[rows]).mean() / gap)]
-
-    rows = np.arange(len(groups))
-    draws = cluster_bootstrap(figures, rows, resamples=1000, seed=0)
-    share, closed = (
-        percentile_interval(value, draws[:, i]) for i, value in enumerate(figures(rows))
+    evaluation = WorldPolicyEvaluation(
+        WorldSource(groups=1, seed=POLICY_DATA, validation_groups=len(groups)),
+        SamplingParams(n=SAMPLES, max_tokens=96, seed=seed),
     )
+    context = EvaluationContext((WEIGHTS,), folder / "scores", None, 0, Console())
+    policy = EvaluatedPolicy(str(folder), LocalEngine())
+    result = evaluation.evaluate(policy, context=context)
+    scores = result["weightings"][WEIGHTS.name]
+    # The worst answers, empty ones for instance, are rated 0; the best ones all score the same.
+    best = scores["best_answer"]["value"]
     return {
-        "share_of_range": share,
-        "gap_closed_by_best_of_10": closed,
-        "mean_ratings": dict(zip(HELPSTEER2_ATTRIBUTES, ratings.mean((0, 1)), strict=True)),
+        "share_of_range": {end: value / best for end, value in scores["sampled"].items()},
+        "gap_closed_by_best_of_10": scores["best_of_n_gap_closed"],
+        "mean_ratings": {
+            name: figures["sampled"]["value"] for name, figures in result["attributes"].items()
+        },
         "mean_ratings_of_data": dict(
             zip(HELPSTEER2_ATTRIBUTES, ratings_of(groups).mean(0), strict=True)
         ),
-        "examples": [texts[0] for texts in drawn[:5]],
+        "examples": result["examples"],
     }
 
 
@@ -267,7 +232,7 @@ def one_seed(seed: int, out: Path, groups: int, overrides: Sequence[str]) -> dic
     policy, from_policy = folder / "sft", "backbone.path=" + str(folder / "sft" / "export")
     own = [f"seed={seed}", f"data.seed={seed}"]
     result: dict[str, Any] = {"sft": train(policy, "experiment=sft/world", *own, *overrides)}
-    result["policy"] = policy_figures(policy / "export", oracle_world(groups, 1001), seed)
+    result["policy"] = policy_figures(policy / "export", oracle_world(groups, POLICY_DATA), seed)
     common = ["experiment=reward/world", from_policy]
     result["reward"] = train(folder / "reward", *common, *own, *overrides)
     unseen = oracle_world(4 * groups, 1002)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,14 +33,17 @@ class Cadence:
         checkpoint_every: Steps between saves of ``last.ckpt``: what a kill can cost.
         export: Weights that ``run_dir/export`` holds at the end: of the lowest validation loss, as
             in the paper, or of the last step. Without validation it is the last step.
+        export_every: Steps between exports kept in ``run_dir/exports``, each as large as the model;
+            ``helpsteer2 select`` chooses among them. None keeps none.
     """
 
     validate_every: int | None = 10
     checkpoint_every: int = 10
     export: Literal["best", "last"] = "best"
+    export_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("validate_every", "checkpoint_every"):
+        for name in ("validate_every", "checkpoint_every", "export_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"schedule.{name} must be at least 1, got {value}")
@@ -51,6 +55,10 @@ class Cadence:
     def saves(self, step: int, final: bool) -> bool:
         """Whether ``last.ckpt`` is written after ``step`` optimizer steps."""
         return final or step % self.checkpoint_every == 0
+
+    def exports(self, step: int, final: bool) -> bool:
+        """Whether the weights after ``step`` optimizer steps are exported."""
+        return self.export_every is not None and (final or step % self.export_every == 0)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -127,6 +135,7 @@ class Checkpoints(Checkpoint):
         cadence: When to validate and save.
         stop: Asked after each step whether to stop.
         required: Metric that the first validation must give, if it is one of validation.
+        export: Exports the model under a name, where the cadence asks for it.
 
     Attributes:
         best_step: Step of the lowest validation loss, None before any validation.
@@ -135,12 +144,18 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(
-        self, folder: Path, cadence: Cadence, stop: StopSignals, required: str | None = None
+        self,
+        folder: Path,
+        cadence: Cadence,
+        stop: StopSignals,
+        required: str | None = None,
+        export: Callable[[str], None] | None = None,
     ) -> None:
         self.folder = folder
         self.cadence = cadence
         self.stop = stop
         self.required = required
+        self.export = export
         self.best_step: int | None = None
         self.best_metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
@@ -179,8 +194,12 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Save, unless a validation comes first."""
-        due = self.cadence.validates(trainer.global_step, _is_final(trainer))
+        """Save, unless a validation comes first; export before, as a resumed run does not."""
+        final = _is_final(trainer)
+        is_due = self.cadence.exports(trainer.global_step, final)
+        if self.export is not None and is_due and trainer.is_global_zero:
+            self.export(f"step_{trainer.global_step:06d}")
+        due = self.cadence.validates(trainer.global_step, final)
         self._set_validation(trainer, due)
         if not due:
             self._save_last(trainer)

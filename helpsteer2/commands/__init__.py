@@ -15,7 +15,7 @@ CONFIG_COMMANDS = {
         ),
         ConfigCommand(
             "evaluate",
-            "score a reward model on evaluators",
+            "run evaluators on a reward model or a policy",
             "helpsteer2.commands.evaluate.evaluate",
             "evaluate",
         ),
@@ -25,6 +25,42 @@ CONFIG_COMMANDS = {
             "helpsteer2.commands.expo.expo",
             "expo",
         ),
+        ConfigCommand(
+            "sample",
+            "sample responses of a policy to the prompts of a data set",
+            "helpsteer2.commands.sample.sample",
+            "sample",
+        ),
+        ConfigCommand(
+            "annotate",
+            "score the responses of groups by a reward model, here or behind a server",
+            "helpsteer2.commands.annotate.annotate",
+            "annotate",
+        ),
+        ConfigCommand(
+            "pairs",
+            "make preference pairs of groups: the best response against the worst",
+            "helpsteer2.commands.pairs.pairs",
+            "pairs",
+        ),
+        ConfigCommand(
+            "reference",
+            "log-probabilities of a policy, for training that compares with it (module=dpo)",
+            "helpsteer2.commands.reference.reference",
+            "reference",
+        ),
+        ConfigCommand(
+            "select",
+            "choose the best of several exports by an evaluator",
+            "helpsteer2.commands.select.select",
+            "select",
+        ),
+        ConfigCommand(
+            "pipeline",
+            "run the stages of a recipe; those that are done are skipped",
+            "helpsteer2.commands.pipeline.pipeline",
+            "pipeline",
+        ),
     )
 }
 """Commands that take a configuration, by name."""
@@ -32,8 +68,9 @@ CONFIG_COMMANDS = {
 OTHER_COMMANDS = {
     "check": "compose and validate a configuration, run nothing",
     "score": "rows of prompt and response on standard input, scores on standard output",
+    "serve": "a reward model behind HTTP, for many clients at once",
     "data": "describe a data set, or validate data files",
-    "quickstart": "train a policy and a reward model on made-up data, evaluate it",
+    "quickstart": "language model, reward model and iterative DPO on made-up data, then a table",
     "world": "write made-up data in HelpSteer2's files, or rate answers by its oracle",
 }
 """Commands with arguments of their own: name to summary."""

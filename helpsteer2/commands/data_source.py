@@ -15,6 +15,7 @@ from helpsteer2.data.checks import detect_schema, schema_problems
 from helpsteer2.data.groups import GroupSource, Report
 from helpsteer2.data.rows import SPLITS, Part, find_files, local_path, read_part, split_of
 from helpsteer2.data.sources.base import RowSource
+from helpsteer2.data.sources.chat_files import ChatFiles
 from helpsteer2.data.sources.folds import PromptFolds
 from helpsteer2.data.sources.group_files import GroupFiles
 from helpsteer2.data.sources.helpsteer import HelpSteer1, HelpSteer2
@@ -29,6 +30,8 @@ SOURCES: dict[str, Callable[[str], RowSource]] = {
     "helpsteer": HelpSteer1,
     "open_assistant": OpenAssistant,
     "hh_rlhf": HHRLHF,
+    "messages": lambda path: ChatFiles(path, "messages"),
+    "conversations": lambda path: ChatFiles(path, "conversations"),
     "groups": GroupFiles,
 }
 

@@ -1,24 +1,36 @@
-"""``helpsteer2 evaluate``: reward models on every evaluator, tables and ``result.json``."""
+"""``helpsteer2 evaluate``: reward models or policies on evaluators, tables and ``result.json``."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.errors import DataError, UserError
+from helpsteer2.evaluation.policies import EvaluatedPolicy
 from helpsteer2.evaluation.report import side_by_side_table
-from helpsteer2.evaluation.scoring import EvaluationContext, Evaluator, Scorer, model_key
+from helpsteer2.evaluation.scoring import (
+    EvaluationContext,
+    Evaluator,
+    ModelKind,
+    Plotted,
+    Scorer,
+    model_key,
+)
+from helpsteer2.plots import save
 from helpsteer2.records import environment
+
+if TYPE_CHECKING:
+    from helpsteer2.generation.sampling import Engine
 
 WIDTH = 100
 """Columns of the tables where the output is no terminal."""
@@ -30,6 +42,7 @@ def evaluate(
     model: str | list[str],
     evaluators: Mapping[str, Evaluator],
     weightings: Mapping[str, AttributeWeights],
+    engine: Engine,
     dtype: Literal["float32", "bfloat16"],
     attention: Literal["auto", "sdpa", "flex", "flash"],
     tokens_per_microbatch: int,
@@ -41,14 +54,16 @@ def evaluate(
     Args:
         run_dir: Folder of the result; scores are kept in ``scores`` inside it, and read again if
             the model and the data are the same.
-        seed: Seed of the bootstrap.
-        model: Folder of a reward model, or its Hub id; a list of them is shown side by side, and
-            their figures are recorded by what tells their names apart.
+        seed: Seed of the bootstrap and, by way of its evaluator, of a policy's samples.
+        model: Folder of a reward model or a policy, whichever the evaluators take, or its Hub id; a
+            list of them is shown side by side, and their figures are recorded by what tells their
+            names apart.
         evaluators: What to run, by name.
         weightings: Weightings that make one reward of the scores.
+        engine: What samples from a policy.
         dtype: Type of the backbone's weights.
         attention: Attention backend.
-        tokens_per_microbatch: Most tokens of one forward pass.
+        tokens_per_microbatch: Most tokens of one forward pass of a reward model.
         optimized_metric: Slash-separated place of a figure in the metrics, returned for sweepers:
             ``rewardbench/weightings/uniform/section_mean/value``, after the model's name if there
             are several.
@@ -58,21 +73,31 @@ def evaluate(
         The optimized metric, None if none is named.
 
     Raises:
-        UserError: If a model or the data cannot be used, another process uses the folder, or the
-            metric does not exist.
+        UserError: If a model or the data cannot be used, or is not of the kind that the evaluators
+            take, another process uses the folder, or the metric does not exist.
     """
-    if not evaluators:
-        raise UserError("evaluators: name at least one, for example evaluator=[ratings]")
+    kind = _kind_of(evaluators)
+    models = {model: model} if isinstance(model, str) else short_names(model)
+    for path in models.values():
+        _check_kind(path, kind, evaluators)
     started, start = datetime.now(timezone.utc), time.monotonic()
     folder = RunFolder(run_dir)
+    settings = {"dtype": dtype, "attention": attention}
+
+    def load(path: str) -> Scorer | EvaluatedPolicy:
+        if kind == "policy":
+            return EvaluatedPolicy(path, engine, dtype, attention)
+        return _reward_model(path, tokens_per_microbatch, settings)
+
     evaluation = _Evaluation(
-        evaluators, tuple(weightings.values()), seed, dtype, attention, tokens_per_microbatch
+        evaluators, tuple(weightings.values()), seed, load, settings, folder.path
     )
     with folder.locked():
         if isinstance(model, str):
             record = evaluation.of(model, folder.path / "scores")
+            evaluation.draw({"policy": record["metrics"]})
         else:
-            record = evaluation.side_by_side(short_names(model), folder.path / "scores")
+            record = evaluation.side_by_side(models)
         record |= {
             "config": config,
             "environment": environment(),
@@ -91,55 +116,74 @@ def _console() -> Console:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What every model of a run is evaluated by; settings as in ``evaluate``."""
+    """What every model of a run is evaluated by.
+
+    Attributes:
+        load: Loads a model.
+        settings: Whatever its scores depend on beside the folder.
+        run_dir: Folder of scores and plots.
+    """
 
     evaluators: Mapping[str, Evaluator]
     weightings: tuple[AttributeWeights, ...]
     seed: int
-    dtype: str
-    attention: str
-    tokens_per_microbatch: int
+    load: Callable[[str], Scorer | EvaluatedPolicy]
+    settings: Mapping[str, str]
+    run_dir: Path
     console: Console = field(default_factory=_console)
 
-    def of(self, model: str, scores_dir: Path) -> dict[str, Any]:
+    def of(self, path: str, scores_dir: Path) -> dict[str, Any]:
         """Load a model once, run every evaluator on it and show its tables."""
-        scorer = _load(model, self.dtype, self.attention, self.tokens_per_microbatch)
+        model = self.load(path)
         context = EvaluationContext(
             weightings=self.weightings,
             scores_dir=scores_dir,
-            model_key=model_key(model, dtype=self.dtype, attention=self.attention),
+            model_key=model_key(path, **self.settings),
             seed=self.seed,
             console=self.console,
         )
         metrics = {
-            name: _run(name, evaluator, scorer, context)
+            name: _run(name, evaluator, model, context)
             for name, evaluator in self.evaluators.items()
         }
         return {
             "metrics": metrics,
             "fingerprints": {name: found["fingerprint"] for name, found in metrics.items()},
-            "model": _describe(scorer, model),
+            "model": _describe(model, path),
         }
 
-    def side_by_side(self, models: Mapping[str, str], scores_dir: Path) -> dict[str, Any]:
+    def side_by_side(self, models: Mapping[str, str]) -> dict[str, Any]:
         """Evaluate one model after the other, then show them in one table an evaluator."""
         records = {}
-        for name, model in models.items():
+        for name, path in models.items():
             self.console.rule(name)
-            records[name] = self.of(model, scores_dir / re.sub(r"[^\w.-]", "_", name))
+            scores_dir = self.run_dir / "scores" / re.sub(r"[^\w.-]", "_", name)
+            records[name] = self.of(path, scores_dir)
         self.console.rule("side by side")
+        metrics = {name: record["metrics"] for name, record in records.items()}
         for name, evaluator in self.evaluators.items():
-            columns = {
-                model: evaluator.headlines(record["metrics"][name])
-                for model, record in records.items()
-            }
+            columns = {model: evaluator.headlines(found[name]) for model, found in metrics.items()}
             self.console.print(side_by_side_table(name, columns))
+        self.draw(metrics)
         return {
-            "metrics": {name: record["metrics"] for name, record in records.items()},
+            "metrics": metrics,
             # Of the data: the same for every model.
             "fingerprints": next(iter(records.values()))["fingerprints"],
             "models": {name: record["model"] for name, record in records.items()},
         }
+
+    def draw(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the plots of those evaluators that have any, all models in one.
+
+        Args:
+            metrics: By model and evaluator.
+        """
+        for name, evaluator in self.evaluators.items():
+            if not isinstance(evaluator, Plotted):
+                continue
+            results = {model: found[name] for model, found in metrics.items()}
+            for plot, figure in evaluator.figures(results).items():
+                save(figure, self.run_dir / "plots" / f"{name}_{plot}.png")
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -166,12 +210,39 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, models, strict=True))
 
 
+def _kind_of(evaluators: Mapping[str, Evaluator]) -> ModelKind:
+    """The one kind of model that all evaluators take."""
+    if not evaluators:
+        raise UserError("evaluators: name at least one, for example evaluator=[ratings]")
+    kinds = {name: evaluator.takes for name, evaluator in evaluators.items()}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{name} takes a {kind}" for name, kind in kinds.items())
+        raise UserError(f"evaluators: {told}: run them apart, each kind with its own model=…")
+    return next(iter(kinds.values()))
+
+
+def _check_kind(path: str, kind: ModelKind, evaluators: Mapping[str, Evaluator]) -> None:
+    """Refuse an export of the other kind before anything is loaded."""
+    from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE
+
+    other: dict[ModelKind, tuple[str, ModelKind, str]] = {
+        "reward model": (POLICY_FILE, "policy", "world_policy"),
+        "policy": (SPEC_FILE, "reward model", "ratings"),
+    }
+    file, found, instead = other[kind]
+    if (Path(path) / file).is_file():
+        raise UserError(
+            f"model={path} is a {found}, but {', '.join(evaluators)} takes a {kind}: give one, or "
+            f"choose other evaluators, evaluator=[{instead}] for example"
+        )
+
+
 def _run(
-    name: str, evaluator: Evaluator, scorer: Scorer, context: EvaluationContext
+    name: str, evaluator: Evaluator, model: Scorer | EvaluatedPolicy, context: EvaluationContext
 ) -> dict[str, Any]:
     """Run one evaluator and show its tables; a message about its data names our own config key."""
     try:
-        metrics = evaluator.evaluate(scorer, context)
+        metrics = evaluator.evaluate(model, context)
     except DataError:
         raise
     except UserError as error:
@@ -214,25 +285,29 @@ def _leaves(node: Any, place: str) -> Iterator[tuple[str, float | None]]:
         yield place, node
 
 
-def _load(model: str, dtype: Any, attention: Any, tokens_per_microbatch: int) -> Scorer:
-    """Load the model; torch is imported here and not before."""
+def _reward_model(path: str, tokens_per_microbatch: int, settings: Mapping[str, Any]) -> Scorer:
+    """Load a reward model; torch is imported here and not before."""
     from helpsteer2.rewards.scorer import RewardScorer
 
     scorer: Scorer = RewardScorer.from_pretrained(
-        model,
-        dtype=dtype,
-        attention=attention,
-        tokens_per_microbatch=tokens_per_microbatch,
+        path, tokens_per_microbatch=tokens_per_microbatch, **settings
     )
     return scorer
 
 
-def _describe(scorer: Any, model: str) -> dict[str, Any]:
-    """What the scores depend on beside the weights: the template and the limits, by hash."""
+def _describe(model: Any, path: str) -> dict[str, Any]:
+    """What figures depend on beside the weights: the template and the limits, by hash."""
+    of_rewards = (
+        {}
+        if isinstance(model, EvaluatedPolicy)
+        else {
+            "attribute_names": model.attribute_names,
+            "cuts_in_this_run": asdict(model.cuts),
+        }
+    )
     return {
-        "path": model,
-        "attribute_names": scorer.attribute_names,
-        "template_name": scorer.chat.template_name,
-        "template_hash": scorer.chat.template_hash,
-        "cuts_in_this_run": asdict(scorer.cuts),
+        "path": path,
+        "template_name": model.chat.template_name,
+        "template_hash": model.chat.template_hash,
+        **of_rewards,
     }

@@ -1,4 +1,4 @@
-"""``helpsteer2 quickstart``: a policy and a reward model of the made-up world, evaluated."""
+"""``helpsteer2 quickstart``: iterative DPO in the made-up world, from nothing to a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ from rich.table import Table
 
 from helpsteer2.commands import CONFIG_COMMANDS
 from helpsteer2.commands.launch import launch
+from helpsteer2.commands.run_folder import RunFolder
+from helpsteer2.evaluation.report import named_table
+from helpsteer2.pipeline.stages import override_text
 
+WEIGHTING = "helpsteer2_rlhf"
+PROMPTS = 128
 EXAMPLE = {
     "prompt": "Tell me pet and job of Ada.",
     "response": "So, we have pet goat. Well, we have job baker.",
@@ -29,10 +34,12 @@ EXAMPLE = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train a policy and a reward model from it, evaluate the latter, and sum it all up.
+    """Run the pipeline, evaluate its policies and sum it all up.
+
+    The same command with the same folder goes on where it was stopped.
 
     Args:
-        argv: ``--run-dir DIR`` and overrides of both trainings.
+        argv: ``--run-dir DIR`` and overrides of ``experiment=pipeline/quickstart``.
 
     Returns:
         The exit code: 0, or that of the command that failed.
@@ -45,108 +52,135 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     # Threads that spin while they wait would slow a small model down wherever cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    policy, reward, evaluation = (run_dir / name for name in ("policy", "reward", "evaluation"))
-    data = [override for override in arguments.overrides if override.startswith("data.")]
-    stages = [
-        (
-            "a small language model learns to speak of the made-up world",
-            "train",
-            ["experiment=sft/world", _override("run_dir", policy), *arguments.overrides],
-        ),
-        (
-            "a reward model starts from it and learns what the annotators say",
-            "train",
-            [
-                "experiment=reward/world",
-                _override("backbone.path", policy / "export"),
-                _override("run_dir", reward),
-                "data.groups=19200",  # half of the experiment's, for a first look
-                *arguments.overrides,
-            ],
-        ),
-        (
-            "it is evaluated on prompts it has never seen",
-            "evaluate",
-            [
-                _override("model", reward / "export"),
-                _override("run_dir", evaluation),
-                "evaluator=[ratings,preferences]",
-                "data@evaluators.ratings.data=world",
-                "evaluators.ratings.data.ratings=oracle",  # the truth, not the annotators'
-                "data@evaluators.preferences.data=world",
-                *(f"evaluators.{part}.{o}" for part in ("ratings", "preferences") for o in data),
-            ],
-        ),
+    console.print(
+        "A small language model learns to speak of a made-up world; a reward model learns from it "
+        "what\nannotators like; DPO makes its answers better, on rated pairs and on its own "
+        f"samples.\nTo go on after a stop: {_program()} quickstart --run-dir "
+        f"{shlex.quote(str(run_dir))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    overrides = [
+        "experiment=pipeline/quickstart",
+        override_text("run_dir", str(run_dir)),
+        override_text("stages_dir", str(run_dir / "stages")),
+        *arguments.overrides,
     ]
-    for number, (what, command, overrides) in enumerate(stages, 1):
-        console.print(f"[bold]{number}/{len(stages)}[/] {what}")
-        # The tables of an evaluation hold far more than a first look wants; its record keeps all.
-        quiet = redirect_stdout(io.StringIO()) if command == "evaluate" else nullcontext()
-        with quiet:
-            code = launch(CONFIG_COMMANDS[command], overrides)
-        if code:
-            return code
-
-    record = evaluation / "result.json"
-    metrics = json.loads(record.read_text(encoding="utf-8"))["metrics"]
-    console.print(ratings_table(metrics["ratings"]))
-    console.print(preferences_table(metrics["preferences"]["weightings"]["helpfulness_only"]))
-    console.print(f"{time.monotonic() - started:.0f} s in all; every figure is in {record}")
-    console.print(f"plots: {', '.join(map(str, sorted((reward / 'plots').glob('*.png'))))}\n")
-    console.print(_next_steps(run_dir), soft_wrap=True, markup=False, highlight=False)
+    code = launch(CONFIG_COMMANDS["pipeline"], overrides)
+    result = RunFolder(run_dir).result()
+    if code or result is None:
+        return code
+    exports = _policies(result)
+    metrics = _evaluated(run_dir / "evaluation", exports, console)
+    console.print(policies_table(metrics))
+    seconds, folder = time.monotonic() - started, run_dir / "evaluation"
+    told = f"{seconds:.0f} s in all; more figures, answers and a plot are in {folder}\n"
+    console.print(told, soft_wrap=True, highlight=False)
+    steps = _next_steps(list(exports.values())[-1], _export(result, "reward_model", "reward_model"))
+    console.print(steps, soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
-def ratings_table(ratings: Mapping[str, Any]) -> Table:
-    """The few figures of a rating evaluation that a first look needs.
+def _policies(result: Mapping[str, Any]) -> dict[str, str]:
+    """Folders of the policies of a pipeline, by their names in the table."""
+    exports = {
+        "SFT": _export(result, "sft", "policy"),
+        "DPO on pairs": _export(result, "dpo"),
+    }
+    for number in range(1, result["config"]["pipeline"]["iterations"] + 1):
+        exports[f"iteration {number}"] = _export(result, f"dpo_{number}")
+    return exports
+
+
+def _export(result: Mapping[str, Any], stage: str, given: str = "") -> str:
+    """The model that a stage has made, or that the pipeline was given in its place."""
+    if stage in result["folders"]:
+        return str(Path(result["folders"][stage]) / "export")
+    return str(result["config"]["pipeline"][given])
+
+
+def _evaluated(folder: Path, exports: Mapping[str, str], console: Console) -> dict[str, Any]:
+    """Metrics of every policy, by its name in the table; read again if they are there."""
+    paths = list(exports.values())
+    record = RunFolder(folder).result()
+    # The name of a stage's folder stands for all that its policy depends on.
+    if record is None or [model["path"] for model in record["models"].values()] != paths:
+        console.print(f"the oracle rates the answers of {len(paths)} policies to unseen prompts")
+        settings: dict[str, Any] = {
+            "run_dir": str(folder),
+            "model": paths,
+            "evaluator": ["world_policy"],
+            "evaluators.world_policy.data.validation_groups": PROMPTS,
+            "evaluators.world_policy.sampling.max_tokens": 64,
+            "evaluators.world_policy.baseline": paths[0],
+            "evaluators.world_policy.reference": paths[0],
+        }
+        # Its tables hold far more than a first look wants; its record keeps all.
+        with redirect_stdout(io.StringIO()):
+            overrides = [override_text(key, value) for key, value in settings.items()]
+            launch(CONFIG_COMMANDS["evaluate"], overrides)
+        record = RunFolder(folder).result()
+    assert record is not None
+    by_path = {
+        model["path"]: record["metrics"][name]["world_policy"]
+        for name, model in record["models"].items()
+    }
+    return {name: by_path[path] for name, path in exports.items()}
+
+
+def policies_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What each step has brought.
 
     Args:
-        ratings: As made by ``RatingEvaluation.evaluate``.
+        results: By name of the policy, as made by ``WorldPolicyEvaluation.evaluate``; the first
+            one is the baseline of all.
 
     Returns:
-        A row an attribute: squared error beside the mean predictor's, correlation, and how often
-        the model orders two responses as their ratings do, beside a predictor that knows their
-        length alone.
+        A row a policy, one for the best of the baseline's n answers, and one for the best answers.
     """
-    table = Table(title=f"{ratings['responses']} held-out responses, rated 0–4 by the oracle")
-    for column in ("attribute", "MSE", "of the mean", "Pearson", "pairs right", "by length"):
-        table.add_column(column, justify="left" if column == "attribute" else "right")
-    for name, figures in ratings["attributes"].items():
-        model, mean, length = (figures["predictors"][key] for key in ("model", "mean", "length"))
+    first = next(iter(results.values()))
+    start = first["weightings"][WEIGHTING]
+    table = named_table(
+        f"answers to {first['prompts']} unseen prompts, scored 0–4 by the oracle",
+        ["", "score", "gap closed", "KL to SFT, nats", "tokens"],
+        caption=(
+            f"score: mean of the ratings weighted as in {WEIGHTING}, over {first['samples']} "
+            "samples a prompt. Gap: from SFT to the best answers. In brackets 95 % intervals over "
+            "prompts; of one seed."
+        ),
+    )
+    for name, result in results.items():
+        figures = result["weightings"][WEIGHTING]
         table.add_row(
             name,
-            _number(model["mse"]["value"], ".2f"),
-            _number(mean["mse"]["value"], ".2f"),
-            _number(model["pearson"]["value"], ".2f"),
-            _number(model["pairs"]["accuracy"]["value"], ".0%"),
-            _number(length["pairs"]["accuracy"]["value"], ".0%"),
+            _with_ends(figures["sampled"], ".2f"),
+            "" if result is first else _with_ends(figures["gap_closed"], ".0%"),
+            "" if result is first else _with_ends(result["kl"], ".1f"),
+            format(result["tokens"]["sampled"]["value"], ".1f"),
         )
+        if result is first:
+            table.add_row(
+                f"best of {result['samples']}, SFT",
+                _with_ends(figures["best_of_n"], ".2f"),
+                _with_ends(figures["best_of_n_gap_closed"], ".0%"),
+            )
+    table.add_section()
+    table.add_row("the best answers", _with_ends(start["best_answer"], ".2f"), "100%")
     return table
 
 
-def preferences_table(figures: Mapping[str, Any]) -> Table:
-    """How often the preferred response gets the higher helpfulness, by strength of preference.
-
-    Args:
-        figures: Of one weighting, as made by ``PreferenceEvaluation.evaluate``.
-
-    Returns:
-        A row a strength, and one for all.
-    """
-    table = Table(title="held-out preferences")
-    for column in ("preferred response is", "pairs", "scored higher"):
-        table.add_column(column, justify="left" if column != "pairs" else "right")
-    for name, subset in figures["subsets"].items():
-        table.add_row(name, str(subset["prompts"]), _number(subset["accuracy"]["value"], ".0%"))
-    total = sum(subset["prompts"] for subset in figures["subsets"].values())
-    table.add_row("all", str(total), _number(figures["accuracy"]["value"], ".0%"))
-    return table
+def _with_ends(figure: Mapping[str, float | None], form: str) -> str:
+    """A figure with its interval in brackets."""
+    value, low, high = (figure[key] for key in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return "–"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="helpsteer2 quickstart",
-        description="Train a small policy and a reward model on made-up data, evaluate it.",
+        description="Iterative DPO on made-up data: language model, reward model, DPO, table.",
     )
     parser.add_argument(
         "--run-dir",
@@ -154,36 +188,33 @@ def _parser() -> argparse.ArgumentParser:
         default=f"outputs/quickstart/{datetime.now():%Y-%m-%d_%H-%M-%S}",
         help="folder of the run (outputs/quickstart/ and the time)",
     )
-    parser.add_argument("overrides", nargs="*", help="overrides of both trainings: key=value")
+    parser.add_argument(
+        "overrides", nargs="*", help="overrides of experiment=pipeline/quickstart: key=value"
+    )
     return parser
 
 
-def _override(key: str, path: Path) -> str:
-    """A path as a Hydra override, safe for spaces, commas and quotes."""
-    escaped = str(path).replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _next_steps(run_dir: Path) -> str:
-    """Commands that can be copied as they are, whether or not the program is on the path."""
+def _program() -> str:
+    """How the program was called, so that commands can be copied as they are."""
     program = sys.argv[0]
     if program == shutil.which("helpsteer2"):
-        program = "helpsteer2"
-    elif program.endswith(".py"):
-        program = "python -m helpsteer2"
-    export = shlex.quote(str(run_dir / "reward" / "export"))
+        return "helpsteer2"
+    return "python -m helpsteer2" if program.endswith(".py") else program
+
+
+def _next_steps(policy: str, reward_model: str) -> str:
+    """Commands to try next."""
+    program, example = _program(), shlex.quote(json.dumps(EXAMPLE))
+    policy, reward_model = shlex.quote(policy), shlex.quote(reward_model)
     return "\n".join(
         [
             "Next:",
-            f"  echo {shlex.quote(json.dumps(EXAMPLE))} \\",
-            f"    | {program} score --model {export}",
-            f"  {program} data describe world                                # what is in the data",
-            f"  {program} train experiment=reward/local_slice data.path=DIR  # your own ratings",
-            f"  {program} train -m backbone=tiny,small seed=1,2              # a sweep",
-            f"  {program} check experiment=reward/helpsteer2_llama3_70b      # the paper's recipe",
+            f"  echo {example} \\",
+            f"    | {program} score --model {reward_model}",
+            f"  {program} sample model={policy} data=world max_prompts=5 sampling.n=3",
+            f"  {program} pipeline experiment=pipeline/world_iterative_dpo  # the whole of it",
+            f"  {program} data describe world                               # what is in the data",
+            f"  {program} train experiment=reward/local_slice data.path=DIR # your own ratings",
+            f"  {program} check experiment=reward/helpsteer2_llama3_70b     # the paper's recipe",
         ]
     )

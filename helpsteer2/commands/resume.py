@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from helpsteer2.callbacks.checkpoints import LAST, read_checkpoint
-from helpsteer2.commands.run_folder import RunFolder, differing_keys, is_among
+from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.errors import UserError
+from helpsteer2.records import differing_keys, is_among
 
 logger = logging.getLogger(__name__)
 
 CONFIG, INPUTS = "config.yaml", "inputs.yaml"
 
 MAY_CHANGE = (
-    "run_dir", "cache_dir", "experiment", "logger", "optimized_metric", "weights",
+    "run_dir", "cache_dir", "experiment", "logger", "optimized_metric", "reference", "weights",
     "batching.epochs", "batching.max_steps", "batching.tokens_per_microbatch",
     "backbone.gradient_checkpointing", "schedule.checkpoint_every", "schedule.export",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",

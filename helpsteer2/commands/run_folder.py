@@ -31,6 +31,7 @@ class RunFolder:
     Attributes:
         checkpoints: Folder of ``last.ckpt`` and ``best.ckpt``.
         export: Folder of the exported model.
+        exports: Folder of the exports of steps on the way.
         metrics: The metrics file.
         bad_batch: Folder of batches gone wrong.
     """
@@ -39,6 +40,7 @@ class RunFolder:
         self.path = Path(path).expanduser().absolute()
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
+        self.exports = self.path / "exports"
         self.metrics = self.path / "metrics.csv"
         self.bad_batch = self.path / "bad_batch"
 
@@ -141,34 +143,3 @@ class RunFolder:
         content = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(content, dict)
         return content
-
-
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Compare two configurations.
-
-    Args:
-        old: Nested mappings; lists count as values.
-        new: Likewise.
-
-    Returns:
-        Dotted key → old and new value, None for a key that is not there.
-    """
-    before, after = dict(_flat(plain(old))), dict(_flat(plain(new)))
-    return {
-        key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    }
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def is_among(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of the keys, or below one of them."""
-    return any(key == other or key.startswith(f"{other}.") for other in keys)

@@ -64,6 +64,7 @@ def train(
     trainer: Callable[..., pl.Trainer],
     schedule: Cadence,
     cache_dir: str,
+    reference: str | None = None,
     weights: AttributeWeights | None = None,
     logger: WandbRun | None = None,
     optimized_metric: str | None = None,
@@ -89,6 +90,8 @@ def train(
             started by ``torchrun`` or Slurm, one process each.
         schedule: When to validate and save.
         cache_dir: Folder for tokenised data.
+        reference: Folder of reference log-probabilities of the same data, made by ``helpsteer2
+            reference``; for the modules that need one.
         weights: Weighting stored with the export of a reward model as its usual one.
         logger: W&B beside the run's own ``metrics.csv``; None for the file alone.
         optimized_metric: Name of the metric to return, for sweepers.
@@ -106,7 +109,7 @@ def train(
         seed=seed,
         start=model,
         backbone=backbone,
-        data=DataSettings(data, chat, lengths, tuple(attributes), cache_dir),
+        data=DataSettings(data, chat, lengths, tuple(attributes), cache_dir, reference),
         batching=batching,
         make_module=module,
         make_trainer=trainer,
@@ -197,7 +200,7 @@ class _Run:
             begin(self.folder, self.config, data.fingerprints(), datamodule.total_steps)
         pl.seed_everything(self.seed, workers=True, verbose=False)
         module = self._module(data, trainer)
-        checkpoints = self._fit(trainer, module, datamodule, stop)
+        checkpoints = self._fit(trainer, module, data, datamodule, stop)
         value = None
         if trainer.is_global_zero:
             value = self._finish(trainer, module, data, checkpoints, started)
@@ -233,14 +236,19 @@ class _Run:
         self,
         trainer: pl.Trainer,
         module: StepModule,
+        data: TrainingData,
         datamodule: GroupDataModule,
         stop: StopSignals,
     ) -> Checkpoints:
         view = None
         if self.wandb is not None and trainer.is_global_zero:
             view = self.wandb.open(self.folder.path, self.config or {})
+
+        def export(name: str) -> None:
+            module.model.save_pretrained(self.folder.exports / name, data.chat.tokenizer)
+
         checkpoints = Checkpoints(
-            self.folder.checkpoints, self.schedule, stop, self.optimized_metric
+            self.folder.checkpoints, self.schedule, stop, self.optimized_metric, export
         )
         self.metrics_log = MetricsLog(self.folder.metrics, view)
         self.progress = ProgressReport(self.console)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
@@ -65,7 +67,7 @@ def check(
     folders.append(conf or conf_dir())
     reports: dict[str, None] = {}
     jobs: list[Settings] = []
-    with composer(config_name, command.target, conf, extra_dir) as hydra:
+    with _outside_of_a_job(), composer(config_name, command.target, conf, extra_dir) as hydra:
         compositions = _compositions(hydra, overrides, multirun)
         for composition in compositions:
             mistakes = list(composition.mistakes)
@@ -85,6 +87,18 @@ def check(
         jobs,
         sweep_dir,
     )
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Let a job that Hydra runs compose another configuration: Hydra refuses to start twice."""
+    instance = GlobalHydra.instance()
+    running = instance.hydra
+    instance.clear()
+    try:
+        yield
+    finally:
+        instance.hydra = running
 
 
 def _sweep_dir() -> str | None:

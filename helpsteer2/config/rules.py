@@ -29,6 +29,11 @@ class Settings:
         self._filled = filled
         self._given = given
 
+    @property
+    def filled(self) -> Mapping[str, Any]:
+        """The whole configuration with its defaults, as plain containers."""
+        return self._filled
+
     def __getitem__(self, path: str) -> Any:
         """The value at a dotted path, None if there is none."""
         return _select(self._filled, path)
@@ -152,14 +157,17 @@ def training_ends(settings: Settings) -> Iterator[Finding]:
 
 _AT_LEAST_ONE = (
     "batching.global_batch", "batching.tokens_per_microbatch", "batching.max_steps",
-    "schedule.validate_every", "schedule.checkpoint_every", "tokens_per_microbatch",
+    "schedule.validate_every", "schedule.checkpoint_every", "schedule.export_every",
+    "tokens_per_microbatch",
     "lengths.max_prompt_tokens", "lengths.max_response_tokens", "backbone.lora.rank",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "batching.epochs", "module.optimizer.lr", "module.gradient_clip", "backbone.lora.alpha",
+    "module.loss.beta", "module.loss.eta",
 )  # fmt: skip
 _NOT_BELOW_ZERO = (
     "seed", "module.warmup_steps", "module.optimizer.weight_decay", "backbone.lora.dropout",
+    "module.sft_weight",
 )  # fmt: skip
 
 
@@ -226,6 +234,23 @@ def preferences_train_one_score(settings: Settings) -> Iterator[Finding]:
             f"a preference is learned by one score, here are {len(attributes)}: name one, "
             f"attributes=[{attributes[0]}] for example",
         )
+
+
+def reference_goes_with_its_loss(settings: Settings) -> Iterator[Finding]:
+    """DPO and its kin compare with a reference policy; the other losses read none."""
+    module, reference = settings["module._target_"], settings["reference"]
+    if not isinstance(module, str):
+        return
+    wanted = module.endswith((".DPOModule", ".RPOModule"))
+    if wanted and reference is None:
+        yield (
+            "reference",
+            "is not given, but the module compares the policy with a reference: compute its "
+            "log-probabilities with helpsteer2 reference model=POLICY run_dir=DIR, on the same "
+            "data, and set reference=DIR/reference",
+        )
+    elif module.startswith("helpsteer2.") and not wanted and reference is not None:
+        yield "reference", f"{module.rpartition('.')[2]} reads no reference: leave it out"
 
 
 def module_trains_the_model(settings: Settings) -> Iterator[Finding]:
@@ -336,7 +361,7 @@ def local_paths_are_there(settings: Settings) -> Iterator[Finding]:
     missing: dict[str, str] = {}
     for place, path in settings.texts():
         name = place.rpartition(".")[2]
-        is_read = place in {"model", "weak", "strong"} or name in {"path", "init_from"}
+        is_read = place in {"model", "weak", "strong", "reference"} or name in {"path", "init_from"}
         if is_read and path.startswith(("/", "./", "../", "~")) and not _exists(path):
             missing.setdefault(path, place)
     for path, place in missing.items():
@@ -361,6 +386,7 @@ RULES: tuple[Rule, ...] = (
     weightings_name_trained_attributes,
     attributes_are_named_once,
     preferences_train_one_score,
+    reference_goes_with_its_loss,
     module_trains_the_model,
     trainer_leaves_steps_to_the_run,
     strategy_copies_the_model,

@@ -16,22 +16,25 @@ the template writes control tokens.
 from __future__ import annotations
 
 import hashlib
-import re
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import cached_property
+from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import numpy.typing as npt
 
 from helpsteer2.data.groups import Group, Message
 from helpsteer2.data.templates import SHIPPED, find_template, freeze_date
+from helpsteer2.data.text_encoder import TextEncoder, tokenizer_parts
 from helpsteer2.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = re.compile("\ud800(\\d+)\ud801")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBE = "a7f3c1e9"
 
 
@@ -98,6 +101,7 @@ class BoundChat:
         template_hash: SHA-256 of ``template_text``.
         closing_text: What the template writes after an answer.
         closing_ids: Its ids, as they stand at the end of a response.
+        system_prompt: As given.
 
     Raises:
         UserError: As ``ChatFormat.bind``.
@@ -116,18 +120,15 @@ class BoundChat:
         self.template_text = template_text
         self.template_hash = hashlib.sha256(template_text.encode()).hexdigest()
         self.system_prompt = system_prompt
-        # Longest first: a token may be the beginning of another.
-        added = tokenizer.added_tokens_decoder.values()
-        self._control_tokens = sorted(
-            {token.content for token in added if token.special}, key=lambda name: (-len(name), name)
-        )
-        alternatives = "|".join(re.escape(token) for token in self._control_tokens)
-        self._control = re.compile(alternatives) if alternatives else None
-        self._literal_ids: dict[int, list[int]] = {}
+        self._text_encoder = TextEncoder(tokenizer)
         bos = tokenizer.bos_token_id
         self._wants_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self.closing_text = self._find_closing_text()
         self.closing_ids = self._find_closing_ids()
+        # What follows an answer is encoded behind this, where no space is put before it.
+        closes_by_token = set(self.closing_ids[-1:]) & tokenizer.added_tokens_decoder.keys()
+        self._lead = "a" + self.closing_text if closes_by_token else ""
+        self._n_lead = len(self.encode([self._lead])[0])
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in self.closing_ids:
             raise UserError(
                 f"the tokenizer pads with {tokenizer.pad_token!r}, which also closes a response of "
@@ -147,7 +148,13 @@ class BoundChat:
         Raises:
             UserError: If the template refuses the messages.
         """
-        return self._unmark(self._render(messages, add_generation_prompt))
+        return self._text_encoder.unmark(self._render(messages, add_generation_prompt))
+
+    @cached_property
+    def ids_hash(self) -> str:
+        """Hash of what gives the ids of a conversation their meaning: tokenizer and template."""
+        parts = [*tokenizer_parts(self.tokenizer), self.template_text]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a prompt through its generation prompt, with exactly one BOS if the model has one.
@@ -161,7 +168,59 @@ class BoundChat:
         Raises:
             UserError: If the template refuses the messages.
         """
-        return self.with_bos(self.encode([self._render(messages, True)])[0])
+        pieces = self.prompt_pieces(messages, self._render(messages, True))
+        return self.join_prompt(self.encode(pieces))[0]
+
+    def prompt_pieces(self, messages: Sequence[Message], text: str) -> list[str]:
+        """Cut a prompt's text at the answers that are marked ``train``.
+
+        Such an answer is encoded apart, as a response is. So its ids and all before it are those of
+        a group whose response it is.
+
+        Args:
+            messages: The prompt, its last message from the user.
+            text: The prompt as ``split_texts`` gives it.
+
+        Returns:
+            Texts for ``encode`` and then ``join_prompt``: every second one is an answer with its
+            closing, and what follows it begins with a lead that ``join_prompt`` takes off. An
+            answer that the template writes otherwise in a prompt than as a response (Qwen3 leaves
+            the thinking out) is not cut out, and so cannot be learned here.
+
+        Raises:
+            UserError: If the template refuses the messages.
+        """
+        pieces: list[str] = []
+        lead, end = "", 0
+        for i, message in enumerate(messages):
+            if not message.get("train") or i == 0:  # nothing asks for what is said first
+                continue
+            try:
+                before, (answer,) = self.split_texts(messages[:i], [message["content"]])
+            except UserError:
+                continue
+            if text.startswith(before + answer) and len(before) >= end:
+                pieces += [lead + text[end : len(before)], answer]
+                end = len(before) + len(answer)
+                lead = self._lead
+        return [*pieces, lead + text[end:]]
+
+    def join_prompt(
+        self, pieces: Sequence[list[int]]
+    ) -> tuple[list[int], npt.NDArray[np.bool_] | None]:
+        """Ids of a prompt from those of its pieces, with exactly one BOS if the model has one.
+
+        Args:
+            pieces: Ids of the texts of ``prompt_pieces``.
+
+        Returns:
+            Ids ``(P,)``, and ``(P,)`` bool, which of them are learned; None if none is.
+        """
+        joined = [self.with_bos(pieces[0]), *pieces[1:]]
+        joined[2::2] = [piece[self._n_lead :] for piece in joined[2::2]]
+        is_answer = np.arange(len(joined)) % 2 == 1
+        mask = np.repeat(is_answer, [len(piece) for piece in joined])
+        return list(chain.from_iterable(joined)), mask if mask.any() else None
 
     def response_text(self, messages: Sequence[Message], answer: str) -> str:
         """What an answer adds to its prompt's text: the answer and the template's closing.
@@ -176,7 +235,7 @@ class BoundChat:
         Raises:
             UserError: As ``split_texts``.
         """
-        return self._unmark(self.split_texts(messages, [answer])[1][0])
+        return self._text_encoder.unmark(self.split_texts(messages, [answer])[1][0])
 
     def response_ids(self, messages: Sequence[Message], answer: str) -> tuple[list[int], int]:
         """Ids of a response.
@@ -199,13 +258,14 @@ class BoundChat:
         return self.with_bos(self.encode([self._render([*messages, _answer(answer)], False)])[0])
 
     def split_texts(
-        self, messages: Sequence[Message], answers: Sequence[str]
+        self, messages: Sequence[Message], answers: Sequence[str], may_be_empty: bool = False
     ) -> tuple[str, list[str]]:
         """Texts of a prompt and its responses, for ``encode``; the prompt is rendered once.
 
         Args:
             messages: The prompt, its last message from the user.
             answers: The assistant's texts.
+            may_be_empty: Whether an answer may be nothing but its closing, as a sampled one can.
 
         Returns:
             The prompt's text and a text for each answer; control tokens of the messages are marked.
@@ -226,7 +286,8 @@ class BoundChat:
             text = whole[len(prompt) :]
             if not text.endswith(self.closing_text):
                 self._refuse(f"an answer is not closed by {self.closing_text!r}")
-            if not text[: len(text) - len(self.closing_text)].strip():
+            empty = not text[: len(text) - len(self.closing_text)].strip()
+            if empty and not (may_be_empty and text):
                 raise UserError("the response is empty")
             responses.append(text)
         return prompt, responses
@@ -240,16 +301,7 @@ class BoundChat:
         Returns:
             Ids of each text.
         """
-        pieces = [_MARK.split(text) for text in texts]
-        plain = [piece for split in pieces for piece in split[::2]]
-        encoded = iter(self._encode_plain(plain) if plain else [])
-        result = []
-        for split in pieces:
-            ids = next(encoded)
-            for mark in split[1::2]:
-                ids = ids + self._encode_literally(int(mark)) + next(encoded)
-            result.append(ids)
-        return result
+        return self._text_encoder.encode(texts)
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """Begin a prompt's ids with exactly one BOS, or with none if the model has none."""
@@ -277,9 +329,10 @@ class BoundChat:
         """Render with the control tokens of the messages marked."""
         from jinja2.exceptions import TemplateError
 
-        conversation = [{"role": m["role"], "content": self._mark(m["content"])} for m in messages]
+        mark = self._text_encoder.mark
+        conversation = [{"role": m["role"], "content": mark(m["content"])} for m in messages]
         if self.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
-            conversation.insert(0, {"role": "system", "content": self._mark(self.system_prompt)})
+            conversation.insert(0, {"role": "system", "content": mark(self.system_prompt)})
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -294,41 +347,6 @@ class BoundChat:
         except TemplateError as error:
             self._refuse(str(error))
 
-    def _mark(self, content: str) -> str:
-        """Replace control tokens by marks made of lone surrogates, which no valid text contains."""
-        if _SURROGATE.search(content):
-            raise UserError("the text is not valid Unicode: it holds lone surrogates (\\ud800 …)")
-        if self._control is None:
-            return content
-        return self._control.sub(
-            lambda match: f"\ud800{self._control_tokens.index(match[0])}\ud801", content
-        )
-
-    def _unmark(self, text: str) -> str:
-        """Put the control tokens back."""
-        return _MARK.sub(lambda match: self._control_tokens[int(match[1])], text)
-
-    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts whose control tokens were written by the template."""
-        # verbose=False: the length warning means nothing here, LengthLimits cuts later.
-        encoded: Any = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return list(encoded["input_ids"])
-
-    def _encode_literally(self, token: int) -> list[int]:
-        """Encode a control token as the characters of its name."""
-        if token not in self._literal_ids:
-            encoded = self.tokenizer(
-                self._control_tokens[token], add_special_tokens=False, split_special_tokens=True
-            )
-            self._literal_ids[token] = list(encoded["input_ids"])
-        return self._literal_ids[token]
-
     def _find_closing_text(self) -> str:
         """Text after the answer of a made-up conversation."""
         text = self._render([{"role": "user", "content": "a"}, _answer(_PROBE)], False)
@@ -341,9 +359,7 @@ class BoundChat:
         """Ids of the closing behind an answer, where no space or BOS is put before it."""
         if not self.closing_text:
             return []
-        alone, answer, closed = self._encode_plain(
-            [self.closing_text, "a", "a" + self.closing_text]
-        )
+        alone, answer, closed = self.encode([self.closing_text, "a", "a" + self.closing_text])
         return closed[len(answer) :] if closed[: len(answer)] == answer else alone
 
     def _refuse(self, why: str) -> NoReturn:
@@ -372,6 +388,7 @@ def boundary_difference(chat: BoundChat, groups: Iterable[Group]) -> float:
             chat.whole_ids(group.prompt, answer)
             != prompt + chat.response_ids(group.prompt, answer)[0]
             for answer in group.responses
+            if answer.strip()  # a sampled one may be empty
         )
     return differing / total if total else 0.0
 

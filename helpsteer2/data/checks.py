@@ -22,12 +22,17 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     "helpsteer": _RATED,
     "open_assistant": ("message_id", "parent_id", "text", "role", "labels"),
     "hh_rlhf": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
     "groups": ("id", "prompt", "responses"),
 }
 """Columns that every row of a schema must have."""
 
 OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {
-    "groups": ("source", "attributes", "annotations", "preference_strength"),
+    "groups": (
+        *("source", "attributes", "annotations", "preference_strength", "response_ids"),
+        *("tokenizer", "finish_reasons", "logprobs", "scores", "rewards"),
+    ),
 }
 
 SELECTED_BY = {
@@ -37,6 +42,8 @@ SELECTED_BY = {
     "helpsteer": "data=helpsteer",
     "open_assistant": "data=open_assistant",
     "hh_rlhf": "data=hh_rlhf",
+    "messages": "data=chat",
+    "conversations": "data=chat",
     "groups": "data=groups",
 }
 """What to write on the command line to read a schema."""
@@ -58,7 +65,8 @@ def detect_schema(rows: Sequence[Mapping[str, Any]]) -> str | None:
         A key of ``SCHEMAS``, or None if a column of every schema is missing.
     """
     columns = _columns(rows)
-    for name in ("groups", "preference", "open_assistant", "hh_rlhf"):
+    one_look = ("groups", "preference", "open_assistant", "hh_rlhf", "messages", "conversations")
+    for name in one_look:
         if columns.issuperset(SCHEMAS[name]):
             return name
     if not columns.issuperset(_RATED):
@@ -221,11 +229,11 @@ class RowCheck:
             return None
         return self.text_of(column, self._values[column])
 
-    def text_of(self, field: str, value: Any) -> str | None:
-        """A text that must not be empty; None after a report."""
+    def text_of(self, field: str, value: Any, may_be_empty: bool = False) -> str | None:
+        """A text; None after a report."""
         if not isinstance(value, str):
             self.fail(field, f"expected a text, got {shown(value)}")
-        elif not value or value.isspace():
+        elif not may_be_empty and (not value or value.isspace()):
             self.fail(field, "the text is empty" + (" (only white space)" if value else ""))
         elif len(value) > self._max_characters:
             limit = f"more than max_characters={self._max_characters:,}"

@@ -12,11 +12,25 @@ Role = Literal["system", "user", "assistant"]
 Report = Callable[[Problem], None]
 
 
-class Message(TypedDict):
-    """One chat message."""
+FinishReason = Literal["stop", "length"]
+"""Why a sampled response ends: its end-of-turn token, or the limit of its length."""
+
+
+class _Text(TypedDict):
+    """What every message has."""
 
     role: Role
     content: str
+
+
+class Message(_Text, total=False):
+    """One chat message.
+
+    ``train`` marks an answer inside a prompt that supervised fine-tuning learns too. No other
+    training, and no model that reads the prompt, takes notice of it.
+    """
+
+    train: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +47,16 @@ class Group:
         annotations: n × A × raters, the ratings of the single annotators; None if not known.
         preference_strength: −3 (the first of two responses is much better) … 3 (the second is);
             None if not known.
+        response_ids: n lists of ids as a policy sampled them: the last one is the end-of-turn token
+            if the response was finished; None if they were not sampled.
+        tokenizer: ``BoundChat.ids_hash`` of the chat that the ids belong to; there if and only if
+            the ids are.
+        finish_reasons: Why each sampled response ends.
+        logprobs: Nats of each of the ``response_ids`` under the policy that sampled them, at
+            temperature 1 and with nothing cut from its distribution.
+        scores: n × A numbers of a reward model, in the order of ``score_names``.
+        score_names: Names of the scores; there if and only if they are.
+        rewards: One number a response.
     """
 
     id: str
@@ -42,6 +66,18 @@ class Group:
     attributes: tuple[tuple[float | None, ...], ...] | None = None
     annotations: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     preference_strength: int | None = None
+    response_ids: tuple[tuple[int, ...], ...] | None = None
+    tokenizer: str | None = None
+    finish_reasons: tuple[FinishReason, ...] | None = None
+    logprobs: tuple[tuple[float, ...], ...] | None = None
+    scores: tuple[tuple[float, ...], ...] | None = None
+    score_names: tuple[str, ...] | None = None
+    rewards: tuple[float, ...] | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a policy wrote the responses: only then may one be empty."""
+        return self.response_ids is not None or self.finish_reasons is not None
 
 
 class GroupSource(Protocol):

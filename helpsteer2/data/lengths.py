@@ -71,9 +71,9 @@ class LengthLimits:
             raise self._prompt_too_small(prompt)
         self._content_room(chat)
 
-    def fit_prompt(
+    def fit_messages(
         self, messages: Sequence[Message], ids: list[int], chat: BoundChat, report: CutReport
-    ) -> list[int]:
+    ) -> Sequence[Message]:
         """Cut a prompt that is too long.
 
         Args:
@@ -83,24 +83,26 @@ class LengthLimits:
             report: Counts the cuts.
 
         Returns:
-            At most ``max_prompt_tokens`` ids: those given if they fit.
+            Messages of at most ``max_prompt_tokens`` ids: those given if they fit.
 
         Raises:
             UserError: If the template and the system message alone are too long.
         """
         if len(ids) <= self.max_prompt_tokens:
-            return ids
+            return messages
         system, turns = _turns(messages)
-        kept = ids
+        kept = list(messages)
+        n_tokens = len(ids)
         dropped = 0
-        while len(kept) > self.max_prompt_tokens and dropped < len(turns) - 1:
+        while n_tokens > self.max_prompt_tokens and dropped < len(turns) - 1:
             dropped += 1
-            kept = chat.prompt_ids([*system, *(m for turn in turns[dropped:] for m in turn)])
-        if len(kept) > self.max_prompt_tokens:
-            kept = self._last_part([*system, *turns[-1]], chat)
+            kept = [*system, *(m for turn in turns[dropped:] for m in turn)]
+            n_tokens = len(chat.prompt_ids(kept))
+        if n_tokens > self.max_prompt_tokens:
+            kept, n_tokens = self._last_part([*system, *turns[-1]], chat)
         report.prompts_cut += 1
         report.turns_dropped += dropped
-        report.tokens_cut += len(ids) - len(kept)
+        report.tokens_cut += len(ids) - n_tokens
         return kept
 
     def fit_response(
@@ -132,26 +134,26 @@ class LengthLimits:
         report.tokens_cut += len(ids) - len(kept)
         return kept
 
-    def _last_part(self, messages: list[Message], chat: BoundChat) -> list[int]:
-        """Keep as many characters from the end of the last message as fit, and render again."""
+    def _last_part(self, messages: list[Message], chat: BoundChat) -> tuple[list[Message], int]:
+        """Keep as many characters from the end of the last message as fit; also count the ids."""
         content = messages[-1]["content"]
 
-        def with_content(text: str) -> list[int]:
-            return chat.prompt_ids([*messages[:-1], {"role": "user", "content": text}])
+        def with_content(text: str) -> list[Message]:
+            return [*messages[:-1], {"role": "user", "content": text}]
 
         # By bisection: offsets of tokens cannot be trusted where a tokenizer drops characters.
         fitting, too_long = 0, len(content)
-        best: list[int] = []
+        n_tokens = 0
         while too_long - fitting > 1:
             middle = (fitting + too_long) // 2
-            ids = with_content(content[-middle:])
-            if len(ids) <= self.max_prompt_tokens:
-                fitting, best = middle, ids
+            length = len(chat.prompt_ids(with_content(content[-middle:])))
+            if length <= self.max_prompt_tokens:
+                fitting, n_tokens = middle, length
             else:
                 too_long = middle
-        if not best:
-            raise self._prompt_too_small(len(with_content("a")))
-        return best
+        if not fitting:
+            raise self._prompt_too_small(len(chat.prompt_ids(with_content("a"))))
+        return with_content(content[-fitting:]), n_tokens
 
     def _content_room(self, chat: BoundChat) -> int:
         """Tokens left for the content of a response."""

@@ -2,12 +2,16 @@
 
 A row is ``[prompt 1][response 1.1][response 1.2]…[prompt 2][response 2.1]…``. Each response attends
 to its own prompt and to itself, and its positions continue from the end of its prompt.
+
+A prompt may hold answers that supervised fine-tuning learns beside the responses.
+``layout.trained_tokens`` lists their tokens: content and closing tokens, as a response has them.
+Each is predicted by the token before it in the same prompt. Other losses do not look at them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -37,6 +41,19 @@ class ResponseTokens:
 
 
 @dataclass(frozen=True)
+class TrainedTokens:
+    """The K learned tokens of the prompts of a row, prompt after prompt, as indices on the host.
+
+    Attributes:
+        positions: ``(K,)`` int64, place of each in the row.
+        predictors: ``(K,)`` int64, place of the token that predicts it: the one before it.
+    """
+
+    positions: npt.NDArray[np.int64]
+    predictors: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class PackedLayout:
     """Where the segments of a packed row are, as plain integers.
 
@@ -47,11 +64,14 @@ class PackedLayout:
         prompt_lengths: Tokens of each of the G prompts, all ≥ 1.
         response_lengths: Tokens of each group's responses, all ≥ 1.
         padding: Tokens behind the last group that belong to nobody.
+        prompt_masks: For each prompt ``(P,)`` bool, its learned tokens, or None; empty if no prompt
+            has any.
     """
 
     prompt_lengths: tuple[int, ...]
     response_lengths: tuple[tuple[int, ...], ...]
     padding: int = 0
+    prompt_masks: tuple[npt.NDArray[np.bool_] | None, ...] = field(default=(), compare=False)
 
     @cached_property
     def n_tokens(self) -> int:
@@ -109,6 +129,31 @@ class PackedLayout:
             np.repeat(np.arange(len(lengths)), lengths),
         )
 
+    @cached_property
+    def trained_tokens(self) -> TrainedTokens:
+        """The prompt tokens that supervised fine-tuning learns, and what predicts each of them."""
+        positions = [np.zeros(0, np.int64)]
+        for start, mask in zip(self.group_starts, self.prompt_masks, strict=False):
+            if mask is not None:
+                positions.append(start + np.flatnonzero(mask))
+        places = np.concatenate(positions)
+        return TrainedTokens(places, places - 1)
+
+    @cached_property
+    def learned_tokens(self) -> ResponseTokens:
+        """All that supervised fine-tuning learns: the response tokens, then those of the prompts.
+
+        A token of a prompt counts as one of the first response to it.
+        """
+        tokens, trained = self.response_tokens, self.trained_tokens
+        groups = np.searchsorted(self.group_starts, trained.positions, side="right") - 1
+        first_responses = np.cumsum([0, *map(len, self.response_lengths)])
+        return ResponseTokens(
+            np.concatenate([tokens.positions, trained.positions]),
+            np.concatenate([tokens.predictors, trained.predictors]),
+            np.concatenate([tokens.responses, first_responses[groups]]),
+        )
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -123,6 +168,9 @@ class PackedBatch:
         response_groups: ``(R,)`` int64, the group 0 … G−1 of each response.
         attributes: ``(R, A)`` float32 ratings 0–4, NaN where unknown.
         preference_strength: ``(G,)`` float32, NaN where unknown.
+        rewards: ``(R,)`` float32, NaN where unknown.
+        ref_logprobs: ``(R,)`` float32 nats, what the reference gives each response, NaN where
+            unknown; a filler keeps them, they are no labels.
         group_indices: ``(G,)`` int64, position of each group in its data set.
         layout: The segment table on the host.
         filler: Whether it only keeps a rank in step with the others: its labels are all unknown.
@@ -136,6 +184,8 @@ class PackedBatch:
     response_groups: Tensor
     attributes: Tensor
     preference_strength: Tensor
+    rewards: Tensor
+    ref_logprobs: Tensor
     group_indices: Tensor
     layout: PackedLayout
     filler: bool = False
@@ -143,9 +193,9 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy every tensor to a device."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            column.name: value.to(device, non_blocking=non_blocking)
+            for column in fields(self)
+            if isinstance(value := getattr(self, column.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -156,6 +206,7 @@ class PackedBatch:
             filler=True,
             attributes=torch.full_like(self.attributes, torch.nan),
             preference_strength=torch.full_like(self.preference_strength, torch.nan),
+            rewards=torch.full_like(self.rewards, torch.nan),
         )
 
 
@@ -171,7 +222,7 @@ def pack(groups: Sequence[TokenGroup], multiple: int = 1) -> PackedBatch:
         The packed row, on the CPU.
 
     Raises:
-        ValueError: If there is no group, or a segment is empty.
+        ValueError: If there is no group, a segment is empty, or a mask does not fit its prompt.
     """
     if not groups:
         raise ValueError("a packed batch needs at least one group")
@@ -179,6 +230,7 @@ def pack(groups: Sequence[TokenGroup], multiple: int = 1) -> PackedBatch:
         tuple(len(group.prompt_ids) for group in groups),
         tuple(tuple(map(len, group.response_ids)) for group in groups),
         -sum(group.n_tokens for group in groups) % multiple,
+        _prompt_masks(groups),
     )
     segments: list[np.ndarray] = []
     starts: list[int] = []  # position of each segment's first token
@@ -215,6 +267,28 @@ def pack(groups: Sequence[TokenGroup], multiple: int = 1) -> PackedBatch:
         preference_strength=torch.tensor(
             [group.preference_strength for group in groups], dtype=torch.float32
         ),
+        rewards=_by_response(groups, [group.rewards for group in groups]),
+        ref_logprobs=_by_response(groups, [group.ref_logprobs for group in groups]),
         group_indices=torch.tensor([group.index for group in groups]),
         layout=layout,
     )
+
+
+def _prompt_masks(groups: Sequence[TokenGroup]) -> tuple[npt.NDArray[np.bool_] | None, ...]:
+    """Learned tokens of each prompt, each of which needs a token before it."""
+    masks = tuple(group.prompt_mask for group in groups)
+    for group, mask in zip(groups, masks, strict=True):
+        if mask is not None and (len(mask) != len(group.prompt_ids) or mask[0]):
+            raise ValueError(f"group {group.index}: the mask does not fit its prompt")
+    return masks
+
+
+def _by_response(
+    groups: Sequence[TokenGroup], columns: Sequence[npt.NDArray[np.float32] | None]
+) -> Tensor:
+    """A number a response ``(R,)`` float32, NaN where a group has none."""
+    values = [
+        np.full(len(group.response_ids), np.nan, np.float32) if column is None else column
+        for group, column in zip(groups, columns, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(values))

@@ -1,4 +1,4 @@
-"""Which groups a loss on pairs can use: two responses, one of them preferred."""
+"""Which groups a loss on pairs can use: two different responses, one of them preferred."""
 
 from __future__ import annotations
 
@@ -64,3 +64,61 @@ def decided_pairs(groups: TokenisedGroups, split: str) -> TokenisedGroups:
             *counts.values(),
         )
     return groups.select(decided, counts)
+
+
+def different_pairs(groups: TokenisedGroups, split: str) -> TokenisedGroups:
+    """Keep the pairs whose responses differ in their ids; say and record how many do not.
+
+    A policy gives both responses of such a pair the same probability, whatever it learns. Limits of
+    length can make one of texts that differ only where they were cut.
+
+    Args:
+        groups: A split of groups of two responses each.
+        split: Its name, for messages.
+
+    Returns:
+        The others. Their report has ``pairs_of_equal_responses``.
+
+    Raises:
+        UserError: If none is left.
+    """
+    lengths = groups.response_lengths.reshape(-1, 2)
+    different = np.ones(len(groups), dtype=bool)
+    for i in np.flatnonzero(lengths[:, 0] == lengths[:, 1]):
+        first, second = groups[int(i)].response_ids
+        different[i] = not np.array_equal(first, second)
+    n_equal = int((~different).sum())
+    if n_equal == len(groups):
+        raise UserError(
+            f"both responses of every pair of the {split} data have the same ids, so there is "
+            "nothing to learn or to measure: raise lengths.max_response_tokens if they were cut, "
+            "or use other data"
+        )
+    if n_equal:
+        logger.info(
+            "%s: %d pairs are left out, their two responses have the same ids", split, n_equal
+        )
+    return groups.select(np.flatnonzero(different), {"pairs_of_equal_responses": n_equal})
+
+
+def rewarded_pairs(groups: TokenisedGroups, split: str) -> TokenisedGroups:
+    """Refuse pairs that do not bring the reward of both responses.
+
+    Args:
+        groups: A split of groups of two responses each.
+        split: Its name, for messages.
+
+    Returns:
+        The same groups.
+
+    Raises:
+        UserError: If a reward is not known; the first such group is named.
+    """
+    lacking = np.flatnonzero(np.isnan(groups.rewards.reshape(-1, 2)).any(axis=1))
+    if len(lacking):
+        raise UserError(
+            f"{len(lacking)} of {len(groups)} pairs of the {split} data lack the reward of a "
+            f"response, which this loss needs (the first is {groups.ids[int(lacking[0])]!r}): make "
+            "pairs that have it with helpsteer2 pairs by=scores or by=ratings, or use module=dpo"
+        )
+    return groups

@@ -132,6 +132,32 @@ def find_files(path: Path, part: Part) -> list[Path]:
     raise DataError([Problem(str(path), None, None, message)])
 
 
+def first_part(path: str) -> Part:
+    """The first table that a path holds, for what has to be known before a split is chosen.
+
+    Args:
+        path: A folder, a file, or a Hub id.
+
+    Returns:
+        The one table of a file, else the first of ``SPLITS`` that is there, else ``train``.
+
+    Raises:
+        UserError: If ``path`` does not exist.
+    """
+    local, train = local_path(path), Part("train", "train")
+    if local is None:
+        return train
+    if local.is_file():
+        return Part(split_of(local), split_of(local))
+    for split in SPLITS:
+        try:
+            if find_files(local, Part(split, split)):
+                return Part(split, split)
+        except DataError:
+            continue
+    return train
+
+
 def read_part(path: str, part: Part, report: Report) -> Iterator[Row]:
     """Stream the rows of one table in order.
 

@@ -2,7 +2,8 @@
 
 Tokens lie group after group: the prompt, then its responses. ``segments`` holds where each of them
 starts and ``first_segments`` the first segment of each group, so that response r of group g is
-segment ``first_segments[g] + 1 + r`` and row ``first_segments[g] - g + r`` of the ratings.
+segment ``first_segments[g] + 1 + r`` and row ``first_segments[g] - g + r`` of the ratings and of
+the rewards. ``trained`` marks, token for token, what supervised fine-tuning learns of the prompts.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from helpsteer2.data.tokens import TokenGroup
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
+    "trained": np.dtype("u1"),
     "segments": np.dtype("<i8"),
     "first_segments": np.dtype("<i8"),
     "lengths": np.dtype("<i8"),
     "ratings": np.dtype("<f4"),
     "preference_strength": np.dtype("<f4"),
+    "rewards": np.dtype("<f4"),
     "ids": np.dtype("u1"),
     "id_starts": np.dtype("<i8"),
 }
@@ -105,6 +108,9 @@ class TokenisedGroups:
         self._first_segments = columns["first_segments"]
         self._ratings = columns["ratings"]
         self._strength = columns["preference_strength"]
+        self._rewards = columns["rewards"]
+        self._trained = columns["trained"]
+        self._ref_logprobs: npt.NDArray[np.float32] | None = None
         self._members: range | npt.NDArray[np.int64] = range(len(self.lengths))
 
     def select(
@@ -126,6 +132,23 @@ class TokenisedGroups:
         selected._members = np.asarray(self._members, dtype=np.int64)[positions]
         return selected
 
+    def with_ref_logprobs(self, sums: npt.NDArray[np.float32]) -> TokenisedGroups:
+        """The same groups, each with what a reference policy gives its responses.
+
+        Args:
+            sums: ``(R,)`` float32 nats, one a response: those of the first group, of the second, …
+
+        Raises:
+            ValueError: If there is not one number a response.
+        """
+        owners, within = self._responses()
+        if sums.shape != owners.shape:
+            raise ValueError(f"expected {len(owners)} log-probs, one a response, got {sums.shape}")
+        joined = copy.copy(self)
+        joined._ref_logprobs = np.full(len(self._rewards), np.nan, np.float32)
+        joined._ref_logprobs[self._first_segments[owners] - owners + within] = sums
+        return joined
+
     @property
     def preference_strength(self) -> npt.NDArray[np.float32]:
         """``(G,)`` float32, −3 … 3, NaN where unknown."""
@@ -135,6 +158,26 @@ class TokenisedGroups:
     def n_responses(self) -> npt.NDArray[np.int64]:
         """``(G,)`` int64, responses of each group."""
         return self._all_n_responses()[self._members]
+
+    @property
+    def response_lengths(self) -> npt.NDArray[np.int64]:
+        """``(R,)`` int64, tokens of each response, group after group."""
+        owners, within = self._responses()
+        segments = self._first_segments[owners] + 1 + within
+        return np.asarray(self._segments[segments + 1] - self._segments[segments])
+
+    @property
+    def rewards(self) -> npt.NDArray[np.float32]:
+        """``(R,)`` float32, reward of each response, NaN where unknown."""
+        owners, within = self._responses()
+        return np.asarray(self._rewards[self._first_segments[owners] - owners + within])
+
+    def _responses(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Stored group and number within it, ``(R,)`` each, of the responses of these groups."""
+        n_responses = self.n_responses
+        owners = np.repeat(np.asarray(self._members, dtype=np.int64), n_responses)
+        before = np.repeat(n_responses.cumsum() - n_responses, n_responses)
+        return owners, np.arange(len(owners)) - before
 
     def _all_n_responses(self) -> npt.NDArray[np.int64]:
         """Responses of every stored group, selected or not; a group has a prompt besides."""
@@ -150,12 +193,17 @@ class TokenisedGroups:
         first, end = (int(s) for s in self._first_segments[i : i + 2])
         borders = self._segments[first : end + 1]
         parts = [np.array(self._tokens[a:b]) for a, b in pairwise(borders)]
+        rows = slice(first - i, end - i - 1)
+        trained = np.array(self._trained[borders[0] : borders[1]], dtype=bool)
         return TokenGroup(
             prompt_ids=parts[0],
             response_ids=tuple(parts[1:]),
-            attributes=np.array(self._ratings[first - i : end - i - 1]),
+            attributes=np.array(self._ratings[rows]),
             preference_strength=float(self._strength[i]),
             index=i,
+            rewards=np.array(self._rewards[rows]),
+            ref_logprobs=None if self._ref_logprobs is None else self._ref_logprobs[rows].copy(),
+            prompt_mask=trained if trained.any() else None,
         )
 
     def rating_means(self) -> npt.NDArray[np.float64]:
@@ -215,7 +263,7 @@ class TokenWriter:
             name: _Column(folder / f"{name}.npy", dtype, self._width(name))
             for name, dtype in _DTYPES.items()
         }
-        self._counts = {"groups": 0, "responses": 0, "tokens": 0}
+        self._counts = {"groups": 0, "responses": 0, "tokens": 0, "prompt_tokens_trained": 0}
         for name in ("segments", "first_segments", "id_starts"):
             self._columns[name].add([0])
 
@@ -237,14 +285,22 @@ class TokenWriter:
         """Append a group."""
         columns, counts = self._columns, self._counts
         parts = (group.prompt_ids, *group.response_ids)
+        trained = np.zeros(group.n_tokens, dtype=bool)
+        if group.prompt_mask is not None:
+            trained[: len(group.prompt_ids)] = group.prompt_mask
+        n_responses = len(group.response_ids)
+        unknown = np.full(n_responses, np.nan)
         columns["tokens"].add(np.concatenate(parts))
+        columns["trained"].add(trained)
         columns["segments"].add(counts["tokens"] + np.cumsum([len(part) for part in parts]))
         counts["groups"] += 1
-        counts["responses"] += len(group.response_ids)
+        counts["responses"] += n_responses
         counts["tokens"] += group.n_tokens
+        counts["prompt_tokens_trained"] += int(trained.sum())
         columns["first_segments"].add([counts["groups"] + counts["responses"]])
         columns["lengths"].add([group.n_tokens])
         columns["ratings"].add(group.attributes)
+        columns["rewards"].add(unknown if group.rewards is None else group.rewards)
         columns["preference_strength"].add([group.preference_strength])
         columns["ids"].add(np.frombuffer(group_id.encode("utf-8"), dtype=np.uint8))
         columns["id_starts"].add([columns["ids"].rows])

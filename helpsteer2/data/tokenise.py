@@ -13,9 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from helpsteer2.data.chat import BoundChat, boundary_difference
+from helpsteer2.data.group_encoder import GroupEncoder
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.lengths import CutReport, LengthLimits
 from helpsteer2.data.token_store import TokenisedGroups, TokenWriter, open_store
@@ -25,7 +24,7 @@ from helpsteer2.errors import DataError, Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same input would be stored as something else."""
 
 CHUNK = 256
@@ -43,6 +42,7 @@ def encode_group(
     attribute_names_of_source: Sequence[str],
     attribute_names_wanted: Sequence[str],
     report: CutReport,
+    close_cut: bool = True,
 ) -> TokenGroup:
     """Encode one group, to the same ids as ``tokenise``.
 
@@ -54,18 +54,21 @@ def encode_group(
         attribute_names_of_source: Names of the columns of ``group.attributes``.
         attribute_names_wanted: The A names wanted; NaN where the source has no such column.
         report: Counts what the limits cut.
+        close_cut: As for ``tokenise``.
 
     Returns:
         Ids and ratings.
 
     Raises:
-        UserError: If a response is empty, or the template or the limits refuse the group.
+        UserError: If a response is empty and was not sampled, or the template or the limits refuse
+            the group.
     """
-    encoded = _encode_chunk([group], chat)[0]
+    columns = _columns(attribute_names_of_source, attribute_names_wanted)
+    encoder = GroupEncoder(chat, limits, columns, not close_cut, report)
+    (encoded,) = encoder.encode([group], index)
     if isinstance(encoded, UserError):
         raise encoded
-    columns = _columns(attribute_names_of_source, attribute_names_wanted)
-    return _token_group(group, index, encoded, chat, limits, columns, report)
+    return encoded
 
 
 def tokenise(
@@ -89,14 +92,16 @@ def tokenise(
         limits: Longest prompt and response.
         attribute_names: The A attributes wanted; those that the source lacks become NaN.
         cache_dir: Folder for tokenised data.
-        close_cut: Whether responses that are cut keep their closing tokens (see
-            ``LengthLimits.fit_response``).
+        close_cut: Whether every response is closed, cut or not, and encoded from its text, as a
+            reward model reads it. A policy learns otherwise: a response that is cut or that its
+            sampler left unfinished is not closed, and sampled ids of this chat stay as they are.
 
     Returns:
-        The groups as memory maps.
+        The groups as memory maps. Their report has the counts of ``CutReport`` and
+        ``EncodingReport``.
 
     Raises:
-        DataError: If rows are bad or responses empty; lists all of them.
+        DataError: If rows are bad, or responses empty that were not sampled; lists all of them.
         UserError: If the limits are too small for the template, or the cache cannot be written.
     """
     from filelock import FileLock
@@ -119,6 +124,7 @@ def tokenise(
         raise UserError(f"tokenised data cannot be read back from {folder}: is the disk in order?")
     _log_cuts(split, groups.report, limits)
     _log_boundary(split, groups.report, chat)
+    _log_encoding(split, groups.report, chat)
     return groups
 
 
@@ -136,8 +142,8 @@ def _write(
     aside = folder.with_suffix(".partial")
     for leftover in (aside, folder):  # of a killed process, or damaged
         shutil.rmtree(leftover, ignore_errors=True)
-    report = CutReport()
     columns = _columns(source.attribute_names, attribute_names)
+    encoder = GroupEncoder(chat, limits, columns, not close_cut)
     problems: list[Problem] = []
     compared: list[Group] = []
     index = 0
@@ -147,26 +153,20 @@ def _write(
             _progress(f"tokenising {split}") as advance,
         ):
             for chunk in _chunks(_readable(source, split, problems)):
-                for group, encoded in zip(chunk, _encode_chunk(chunk, chat), strict=True):
-                    try:
-                        if isinstance(encoded, UserError):
-                            raise encoded
-                        tokens = _token_group(
-                            group, index, encoded, chat, limits, columns, report, close_cut
-                        )
-                    except UserError as error:
-                        problems.append(_problem(group, str(error)))
-                        continue
-                    writer.add(tokens, group.id)
-                    index += 1
-                    if len(compared) < COMPARED:
-                        compared.append(group)
+                for group, encoded in zip(chunk, encoder.encode(chunk, index), strict=True):
+                    if isinstance(encoded, UserError):
+                        problems.append(_problem(group, str(encoded)))
+                    else:
+                        writer.add(encoded, group.id)
+                index += len(chunk)
+                compared += chunk[: COMPARED - len(compared)]
                 advance(len(chunk))
             if problems:
                 raise DataError(problems)
             differing = round(boundary_difference(chat, compared) * len(compared))
             boundary = {"boundaries_compared": len(compared), "boundaries_differing": differing}
-            writer.finish(key, {**report.counts(), **boundary})
+            counts = {**encoder.cuts.counts(), **encoder.report.counts()}
+            writer.finish(key, {**counts, **boundary})
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -180,56 +180,6 @@ def _readable(source: GroupSource, split: str, problems: list[Problem]) -> Itera
         problems[:0] = error.problems
     except OSError as error:
         raise UserError(f"cannot read {split!r}: {error}") from error
-
-
-def _encode_chunk(
-    groups: Sequence[Group], chat: BoundChat
-) -> list[tuple[list[int], list[list[int]]] | UserError]:
-    """Ids of prompts (with BOS) and responses, uncut, or why a group has none."""
-    texts: list[str] = []
-    errors: dict[int, UserError] = {}
-    for i, group in enumerate(groups):
-        try:
-            prompt, responses = chat.split_texts(group.prompt, group.responses)
-        except UserError as error:
-            errors[i] = error
-        else:
-            texts += [prompt, *responses]
-    ids = iter(chat.encode(texts))
-    return [
-        errors.get(i) or (chat.with_bos(next(ids)), list(islice(ids, len(group.responses))))
-        for i, group in enumerate(groups)
-    ]
-
-
-def _token_group(
-    group: Group,
-    index: int,
-    encoded: tuple[list[int], list[list[int]]],
-    chat: BoundChat,
-    limits: LengthLimits,
-    columns: Sequence[int | None],
-    report: CutReport,
-    close_cut: bool = True,
-) -> TokenGroup:
-    """Cut the ids of a group and put its ratings in order."""
-    prompt, responses = encoded
-    prompt = limits.fit_prompt(group.prompt, prompt, chat, report)
-    responses = [limits.fit_response(ids, chat, report, close_cut) for ids in responses]
-    ratings = np.full((len(group.responses), len(columns)), np.nan, dtype=np.float32)
-    if group.attributes is not None:
-        for target, column in enumerate(columns):
-            if column is not None:
-                values = [row[column] for row in group.attributes]
-                ratings[:, target] = [np.nan if value is None else value for value in values]
-    strength = group.preference_strength
-    return TokenGroup(
-        prompt_ids=np.asarray(prompt, dtype=np.int32),
-        response_ids=tuple(np.asarray(ids, dtype=np.int32) for ids in responses),
-        attributes=ratings,
-        preference_strength=float("nan") if strength is None else float(strength),
-        index=index,
-    )
 
 
 def _columns(names_of_source: Sequence[str], names_wanted: Sequence[str]) -> list[int | None]:
@@ -297,6 +247,24 @@ def _log_boundary(split: str, report: dict[str, int], chat: BoundChat) -> None:
             "one text: chat template %r has no special token between them",
             *(split, report["boundaries_differing"], report["boundaries_compared"]),
             chat.template_name,
+        )
+
+
+def _log_encoding(split: str, report: dict[str, int], chat: BoundChat) -> None:
+    """Say which sampled ids and marked answers could not be used, if any."""
+    if report["responses_of_other_ids"]:
+        logger.warning(
+            "%s: the sampled ids of %d of %d responses belong to another tokenizer or template: "
+            "their texts were encoded anew, which may give other tokens than those sampled",
+            *(split, report["responses_of_other_ids"], report["responses"]),
+        )
+    if report["turns_not_trained"]:
+        logger.warning(
+            "%s: %d of %d answers marked for training inside prompts are not learned: chat "
+            "template %r writes them otherwise there than as a response; to learn them, make each "
+            "the response of a group of its own",
+            *(split, report["turns_not_trained"]),
+            *(report["turns_not_trained"] + report["turns_trained"], chat.template_name),
         )
 
 

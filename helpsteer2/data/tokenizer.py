@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from helpsteer2.data.chat import ChatFormat
 from helpsteer2.data.hub import hub_unreachable, require_hub
 from helpsteer2.data.templates import shipped_template
+from helpsteer2.data.text_encoder import tokenizer_parts
 from helpsteer2.errors import UserError
 from helpsteer2.records import write_atomic
 
@@ -142,11 +143,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         SHA-256 of its vocabulary, pipeline, special tokens and chat template, in hexadecimal.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls leave their padding and truncation behind in the backend.
-    for state in ("padding", "truncation"):
-        backend.pop(state, None)
-    parts = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
+    parts = [*tokenizer_parts(tokenizer), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -18,6 +18,11 @@ class TokenGroup:
         attributes: ``(n, A)`` float32 ratings 0–4, NaN where unknown.
         preference_strength: −3 … 3, NaN if not known.
         index: Position of the group in its data set.
+        rewards: ``(n,)`` float32, NaN where unknown; None if none is known.
+        ref_logprobs: ``(n,)`` float32 nats, what a reference policy gives each response as a whole,
+            NaN where unknown; None if none is known.
+        prompt_mask: ``(P,)`` bool, the prompt tokens that supervised fine-tuning learns; None if it
+            learns none.
     """
 
     prompt_ids: npt.NDArray[np.int32]
@@ -25,6 +30,9 @@ class TokenGroup:
     attributes: npt.NDArray[np.float32]
     preference_strength: float
     index: int
+    rewards: npt.NDArray[np.float32] | None = None
+    ref_logprobs: npt.NDArray[np.float32] | None = None
+    prompt_mask: npt.NDArray[np.bool_] | None = None
 
     @property
     def n_tokens(self) -> int:

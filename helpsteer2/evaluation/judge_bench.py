@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.table import Table
 
@@ -22,7 +22,7 @@ from helpsteer2.evaluation.preference_files import (
     one_of,
     read_table,
 )
-from helpsteer2.evaluation.scoring import EvaluationContext, Scorer
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
 from helpsteer2.records import plain
 
 SETTING = "evaluators.judge_bench.path"
@@ -92,6 +92,8 @@ class JudgeBench:
     path: str = "ScalerLab/JudgeBench"
     split: Split = "gpt"
     resamples: int = 1000
+
+    takes: ClassVar[ModelKind] = "reward model"
 
     def __post_init__(self) -> None:
         if self.resamples < 1:

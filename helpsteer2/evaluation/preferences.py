@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -19,7 +19,7 @@ from helpsteer2.evaluation.report import (
     percent,
     percent_with_interval,
 )
-from helpsteer2.evaluation.scoring import EvaluationContext, Scorer
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
 from helpsteer2.functional.statistics import pearson
 from helpsteer2.records import plain
 
@@ -41,6 +41,8 @@ class PreferenceEvaluation:
     data: GroupSource
     split: str = "validation"
     resamples: int = 1000
+
+    takes: ClassVar[ModelKind] = "reward model"
 
     def __post_init__(self) -> None:
         if self.resamples < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -20,6 +20,7 @@ from helpsteer2.evaluation.baselines import (
 from helpsteer2.evaluation.report import percent_with_interval, rating_tables, with_interval
 from helpsteer2.evaluation.scoring import (
     EvaluationContext,
+    ModelKind,
     Scorer,
     score_groups,
     usable_weightings,
@@ -64,6 +65,8 @@ class RatingEvaluation:
     train_split: str | None = "train"
     resamples: int = 1000
     calibration_bins: int = 10
+
+    takes: ClassVar[ModelKind] = "reward model"
 
     def __post_init__(self) -> None:
         if self.resamples < 1 or self.calibration_bins < 1:

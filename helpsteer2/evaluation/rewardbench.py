@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -14,7 +14,7 @@ from helpsteer2.errors import UserError
 from helpsteer2.evaluation.benchmark_tables import headlines, rewardbench_tables
 from helpsteer2.evaluation.comparisons import Aggregate, Comparison, Wins, compare
 from helpsteer2.evaluation.preference_files import load_pairs, load_sets
-from helpsteer2.evaluation.scoring import EvaluationContext, Scorer
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
 from helpsteer2.records import plain
 
 SECTIONS: dict[str, dict[str, int]] = {
@@ -146,6 +146,8 @@ class RewardBench:
     split: str = "filtered"
     prior_sets: str | None = None
     resamples: int = 1000
+
+    takes: ClassVar[ModelKind] = "reward model"
 
     def __post_init__(self) -> None:
         if self.resamples < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -23,7 +23,7 @@ from helpsteer2.evaluation.preference_files import (
     one_of,
     read_table,
 )
-from helpsteer2.evaluation.scoring import EvaluationContext, Scorer
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
 from helpsteer2.records import plain
 
 SETTING = "evaluators.rm_bench.path"
@@ -115,6 +115,8 @@ class RMBench:
 
     path: str = "THU-KEG/RM-Bench"
     resamples: int = 1000
+
+    takes: ClassVar[ModelKind] = "reward model"
 
     def __post_init__(self) -> None:
         if self.resamples < 1:

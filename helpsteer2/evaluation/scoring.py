@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,14 @@ from helpsteer2.data.groups import Group
 from helpsteer2.errors import UserError
 from helpsteer2.records import write_atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MIB = 1 << 20
 
 Scores = npt.NDArray[np.float32]
+
+ModelKind = Literal["reward model", "policy"]
 
 
 class Scorer(Protocol):
@@ -71,8 +76,11 @@ class EvaluationContext:
 class Evaluator(Protocol):
     """One benchmark."""
 
-    def evaluate(self, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
-        """Score once and compute every figure, as plain nested data with a ``fingerprint``."""
+    takes: ClassVar[ModelKind]
+    """What kind of model it evaluates: a ``Scorer``, or an ``EvaluatedPolicy``."""
+
+    def evaluate(self, model: Any, /, context: EvaluationContext) -> dict[str, Any]:
+        """Run the model once and compute every figure, as plain data with a ``fingerprint``."""
         ...
 
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
@@ -81,6 +89,15 @@ class Evaluator(Protocol):
 
     def headlines(self, result: Mapping[str, Any]) -> dict[str, str]:
         """The main figures of a result of ``evaluate`` as text, by name; for several models."""
+        ...
+
+
+@runtime_checkable
+class Plotted(Protocol):
+    """An evaluator with plots."""
+
+    def figures(self, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Figure]:
+        """Plots of the results of one or more models, by file name without suffix."""
         ...
 
 
@@ -178,15 +195,7 @@ def _score(
     """Run the model over all groups behind a progress bar."""
     scores = np.empty((int(sizes.sum()), len(scorer.attribute_names)), dtype=np.float32)
     done = row = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _GroupsPerSecond(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with group_progress(console) as progress:
         task = progress.add_task(name, total=len(sizes))
         for of_group in scorer.score(groups()):
             if done == len(sizes) or of_group.shape != (sizes[done], scores.shape[1]):
@@ -199,6 +208,19 @@ def _score(
     if done != len(sizes):
         raise ValueError(f"the scorer gave {done} of {len(sizes)} groups")
     return scores
+
+
+def group_progress(console: Console) -> Progress:
+    """A progress bar that counts groups, with their speed and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _GroupsPerSecond(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
 
 
 class _GroupsPerSecond(ProgressColumn):

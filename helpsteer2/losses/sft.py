@@ -1,4 +1,4 @@
-"""Negative log-likelihood of response tokens."""
+"""Negative log-likelihood of answers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from helpsteer2.functional.logprobs import TokenLogprobs
 
 
 class SFTLoss:
-    """``−log p`` of every response token, in nats.
+    """``−log p`` of every learned token, in nats: of the responses, and of answers in the prompts.
 
     Over an optimizer step the loss is the sum over all micro-batches of all ranks, divided by the
-    number of response tokens of the step. So it is a mean over tokens, not over responses: long
-    ones weigh more, and the result does not change with the size of the micro-batches.
+    number of learned tokens of the step. So it is a mean over tokens, not over answers: long ones
+    weigh more, and the result does not change with the size of the micro-batches, nor with whether
+    the answers of a conversation stand in one group or in one each.
 
     Source: arXiv 2203.02155, section 3.5 (supervised fine-tuning); the sum and the count apart as
     in fairseq2's train units.
     """
 
-    objective = "negative log-likelihood of the response tokens"
+    objective = "negative log-likelihood of the answers' tokens"
     """The loss in words, for the model card."""
 
     def count(self, batch: PackedBatch) -> Tensor:
-        """Number of response tokens, the denominator of the loss: ``()`` int64, 0 for fillers."""
-        n = 0 if batch.filler else batch.layout.n_response_tokens
+        """Number of learned tokens, the denominator of the loss: ``()`` int64, 0 for fillers."""
+        n = 0 if batch.filler else len(batch.layout.learned_tokens.positions)
         return torch.tensor(n, device=batch.input_ids.device)
 
     def __call__(
@@ -34,7 +35,7 @@ class SFTLoss:
         """Sum the losses of the tokens.
 
         Args:
-            tokens: What the policy says of the N response tokens of the batch.
+            tokens: What the policy says of the learned tokens of the batch.
             batch: The packed row; a filler weighs nothing.
 
         Returns:

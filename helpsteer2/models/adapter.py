@@ -1,4 +1,4 @@
-"""Reading a reward model from an unmerged adapter and the base that it was trained beside."""
+"""Reading a model from an unmerged adapter and the base that it was trained beside."""
 
 from __future__ import annotations
 
@@ -66,25 +66,23 @@ def load_adapter(
             beside.
     """
     require_peft()
-    config, spec = _config(folder), RewardSpec.read(folder)
+    config, spec = read_config(folder), RewardSpec.read(folder)
     if spec is None:
         raise UserError(
             f"{folder} is an adapter without {SPEC_FILE}, of another project: merge it into its "
             "base with peft, and give the merged model"
         )
-    tensors, fingerprint = _tensors(folder)
+    tensors, fingerprint = read_tensors(folder)
     weight = tensors.pop(HEAD, None)
     if weight is None:
         raise UserError(f"{folder} has no reward head ({HEAD}): export the model again")
-    path = str(base or config.base_model_name_or_path or "")
-    if not path:
-        raise UserError(f"{folder} does not say what its base is: give base=DIR")
+    path = base_path(config, base, folder)
     tokenizer = load_tokenizer(folder)
-    model = _base(path, folder, dtype, attention, device, tokenizer)
+    model = load_base(path, folder, dtype, attention, device, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id  # of the base it may have none
     check_pad_token(model.config, tokenizer, str(folder))
     chat = checked_chat(spec, model.config, tokenizer, folder)
-    _put_adapter(model, config, tensors, fingerprint, f"{folder} is no adapter of {path}")
+    put_adapter(model, config, tensors, fingerprint, f"{folder} is no adapter of {path}")
     hidden_size = model.config.get_text_config().hidden_size
     if tuple(weight.shape) != (len(spec.attribute_names), hidden_size):
         raise UserError(
@@ -96,7 +94,29 @@ def load_adapter(
     return LoadedReward(model, head, spec, tokenizer, chat)
 
 
-def _config(folder: Path) -> LoraConfig:
+def base_path(config: LoraConfig, base: str | Path | None, folder: Path) -> str:
+    """Where the base of an adapter lies.
+
+    Args:
+        config: The adapter's.
+        base: What the user says; None takes what the adapter names.
+        folder: The adapter's, for the message.
+
+    Raises:
+        UserError: If neither says it.
+    """
+    path = str(base or config.base_model_name_or_path or "")
+    if not path:
+        raise UserError(f"{folder} does not say what its base is: give base=DIR")
+    return path
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The peft configuration of an adapter folder.
+
+    Raises:
+        UserError: If it is damaged, or no LoRA.
+    """
     from peft import LoraConfig
 
     try:
@@ -113,8 +133,12 @@ def _config(folder: Path) -> LoraConfig:
     return config
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The stored tensors, and the fingerprint of the weights they were trained beside."""
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The stored tensors, and the fingerprint of the weights they were trained beside.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,17 +149,32 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise UserError(f"{folder}: {ADAPTER_WEIGHTS} is damaged ({error})") from error
 
 
-def _base(
+def load_base(
     path: str,
     folder: Path,
     dtype: Literal["float32", "bfloat16"],
     attention: AttentionChoice,
     device: torch.device | str,
     tokenizer: PreTrainedTokenizerBase,
+    lm_head: bool = False,
 ) -> PreTrainedModel:
+    """The base of an adapter.
+
+    Args:
+        path: Where it lies: a folder or a Hub id.
+        folder: The adapter's, for the message.
+        dtype: Of the weights.
+        attention: Attention backend.
+        device: Where the model shall run.
+        tokenizer: The adapter's; its vocabulary must fit the embedding.
+        lm_head: Whether to give the causal LM around the decoder.
+
+    Raises:
+        UserError: If it cannot be used.
+    """
     backbone = Backbone(PretrainedTokenizer(path), path=path, dtype=dtype, attention=attention)
     try:
-        return backbone.build(tokenizer, seed=0, device=device)
+        return backbone.build(tokenizer, seed=0, device=device, lm_head=lm_head)
     except UserError as error:
         raise UserError(
             f"{folder} is an adapter of {path}, which cannot be used ({error}); if the base lies "
@@ -144,14 +183,21 @@ def _base(
 
 
 @torch.no_grad()
-def _put_adapter(
+def put_adapter(
     model: PreTrainedModel,
     config: LoraConfig,
     tensors: Mapping[str, Tensor],
     fingerprint: str | None,
     refusal: str,
 ) -> None:
-    """Put the stored adapter into the base.
+    """Put a stored adapter into its base, in place.
+
+    Args:
+        model: The base's decoder.
+        config: The adapter's, as ``read_config`` gives it.
+        tensors: Its weights by peft's names, all of the decoder.
+        fingerprint: Of the weights that it was trained beside, None if not known.
+        refusal: What the message begins with, if they do not belong together.
 
     Raises:
         UserError: Beginning with ``refusal``, if the base is another one.

@@ -98,7 +98,7 @@ def write_export(
     chat = BoundChat(tokenizer, spec.template_name, spec.template_text, spec.system_prompt)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = spec.template_text
-    base = _adapter_base(backbone)
+    base = adapter_base(backbone)
     with replaced_folder(folder, SPEC_FILE) as aside:
         with merged(backbone), no_progress_bar():
             classifier.save_pretrained(aside, max_shard_size=SHARD_SIZE)
@@ -120,8 +120,8 @@ def write_export(
         share(aside)
 
 
-def _adapter_base(backbone: PreTrainedModel) -> str | None:
-    """Where others find the base of a backbone's adapters; None without adapters or such a base."""
+def adapter_base(backbone: PreTrainedModel) -> str | None:
+    """Where others find the base of a decoder's adapters; None without adapters or such a base."""
     config = adapter_config(backbone)
     if config is not None and config.base_model_name_or_path is None:
         logger.info(

@@ -112,8 +112,12 @@ def open_reward(path: str | Path) -> RewardFolder:
     return RewardFolder(folder, config, head, spec, tokenizer, chat)
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path, kind: str = "reward model") -> Path:
     """The folder of a model, fetched from the Hub if the path is a Hub id.
+
+    Args:
+        path: Folder or Hub id.
+        kind: What is looked for, for the messages.
 
     Raises:
         UserError: If there is no such folder, and the Hub does not have it or is out of reach.
@@ -122,7 +126,7 @@ def local_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"{path} is a file; give the folder of a reward model")
+        raise UserError(f"{path} is a file; give the folder of a {kind}")
     previous = previous_folder(folder.resolve())
     if previous.is_dir():  # a save was killed between its two renames
         return previous
@@ -132,7 +136,7 @@ def local_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     what, here = (
-        f"the reward model {str(path)!r}",
+        f"the {kind} {str(path)!r}",
         "give the path of a local folder (there is none of this name)",
     )
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model"]

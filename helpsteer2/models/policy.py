@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from helpsteer2.data.packing import PackedBatch
+from helpsteer2.data.packing import PackedBatch, ResponseTokens
 from helpsteer2.errors import UserError
 from helpsteer2.functional.logprobs import TokenLogprobs, chunked_logprobs
-from helpsteer2.models.attention import packed_hidden_states
+from helpsteer2.models.attention import AttentionChoice, packed_hidden_states
 from helpsteer2.models.policy_export import PolicySpec, write_policy
+from helpsteer2.models.policy_loading import load_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from helpsteer2.data.chat import BoundChat
 
 
 class Policy(nn.Module):
@@ -57,7 +60,23 @@ class Policy(nn.Module):
             The N response tokens, response after response, in float32 nats whatever the dtype of
             the weights or the autocast around.
         """
-        tokens, device = batch.layout.response_tokens, batch.input_ids.device
+        return self._token_logprobs(batch, batch.layout.response_tokens)
+
+    def learned_logprobs(self, batch: PackedBatch) -> TokenLogprobs:
+        """Log-probability of every token that supervised fine-tuning learns, in one pass.
+
+        Args:
+            batch: G groups with R responses, on the model's device.
+
+        Returns:
+            The N response tokens as ``response_logprobs`` gives them, then the learned tokens of
+            the prompts, each of which counts as one of the first response to its prompt.
+        """
+        return self._token_logprobs(batch, batch.layout.learned_tokens)
+
+    def _token_logprobs(self, batch: PackedBatch, tokens: ResponseTokens) -> TokenLogprobs:
+        """Log-probability of some tokens of a packed row."""
+        device = batch.input_ids.device
         positions, predictors, responses = (
             torch.from_numpy(indices).to(device, non_blocking=True)
             for indices in (tokens.positions, tokens.predictors, tokens.responses)
@@ -72,6 +91,9 @@ class Policy(nn.Module):
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Export as a plain transformers causal LM with tokenizer and chat template.
 
+        Adapters are merged into it; if others can load their base, they also lie unmerged in the
+        folder's ``adapter``.
+
         Args:
             folder: Where to; an older export there is replaced at the end, or not at all.
             tokenizer: The tokenizer that the spec was made with.
@@ -80,6 +102,33 @@ class Policy(nn.Module):
             UserError: If the folder cannot be written.
         """
         write_policy(folder, self.causal_lm, self.spec, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attention: AttentionChoice = "auto",
+        device: torch.device | str = "cpu",
+        base: str | Path | None = None,
+    ) -> tuple[Policy, PreTrainedTokenizerBase, BoundChat]:
+        """Load an export, its adapter alone, or any causal LM with a chat template.
+
+        Args:
+            path: Folder or Hub id. Without ``policy.json`` its own chat template is used.
+            dtype: Of the weights.
+            attention: Attention backend.
+            device: Where the model shall run.
+            base: Folder or Hub id of an adapter's base, if it has moved since the training.
+
+        Returns:
+            The policy in eval mode with every dropout 0, its tokenizer and its chat format.
+
+        Raises:
+            UserError: If the folder is no policy that could be trusted; the message says why.
+        """
+        causal_lm, spec, tokenizer = load_policy(path, dtype, attention, device, base)
+        return cls(causal_lm, spec).to(device).eval(), tokenizer, spec.chat
 
 
 class _Output:

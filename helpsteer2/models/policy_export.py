@@ -2,11 +2,13 @@
 
 The folder is what ``AutoModelForCausalLM.from_pretrained`` and inference servers take: weights,
 tokenizer, chat template, and a generation config that stops where the template closes an answer.
+``helpsteer2.models.policy_loading`` reads it.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +17,22 @@ from typing import TYPE_CHECKING
 from helpsteer2.data.chat import BoundChat
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.tokenizer import tokenizer_hash
-from helpsteer2.models.export import SHARD_SIZE, no_progress_bar, replaced_folder, share
-from helpsteer2.models.lora import merged
+from helpsteer2.errors import UserError
+from helpsteer2.models.card import ADAPTER_FOLDER
+from helpsteer2.models.export import (
+    SHARD_SIZE,
+    adapter_base,
+    no_progress_bar,
+    replaced_folder,
+    share,
+)
+from helpsteer2.models.lora import merged, write_adapter
+from helpsteer2.models.policy_card import policy_adapter_card, policy_card
 from helpsteer2.models.spec import POLICY_FILE
 from helpsteer2.records import plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,47 @@ class PolicySpec:
             "objective": self.objective,
         }
 
+    @classmethod
+    def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PolicySpec | None:
+        """Read ``policy.json``.
+
+        Args:
+            folder: An export, or its ``adapter`` folder.
+            tokenizer: As it was read from there.
+
+        Returns:
+            The spec, or None if the folder has no such file (a model of another project).
+
+        Raises:
+            UserError: If the file is damaged, or tokenizer or chat template are not those that it
+                was written with.
+        """
+        path = folder / POLICY_FILE
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            name, system_prompt = record["template_name"], record["system_prompt"]
+            limits = LengthLimits(**record["limits"])
+            hashes = record["tokenizer_hash"], record["template_hash"]
+            rest = {key: record[key] for key in ("base_model", "data", "objective")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path} is damaged ({type(error).__name__}: {error}): export again"
+            ) from error
+        # Text files may come back with other line ends.
+        text = str(tokenizer.chat_template).replace("\r\n", "\n")
+        found = tokenizer_hash(tokenizer), hashlib.sha256(text.encode()).hexdigest()
+        parts = zip(("tokenizer", "chat template"), hashes, found, strict=True)
+        changed = [part for part, then, now in parts if then != now]
+        if changed:
+            raise UserError(
+                f"{folder}: the {' and the '.join(changed)} changed since {POLICY_FILE} was "
+                "written, so ids would not be those of the training: restore the files or export "
+                "again"
+            )
+        return cls(BoundChat(tokenizer, name, text, system_prompt), limits, **rest)
+
 
 def write_policy(
     folder: str | Path,
@@ -77,7 +129,8 @@ def write_policy(
 
     Args:
         folder: Where the policy shall lie; an older export there stays whole until the new one is.
-        causal_lm: Decoder and LM head, of any floating type; its adapters are merged into it.
+        causal_lm: Decoder and LM head, of any floating type. Its adapters are merged into it, and
+            lie unmerged in the folder's ``adapter`` if others can load their base.
         spec: What it was trained with.
         tokenizer: The tokenizer of the spec.
 
@@ -85,77 +138,47 @@ def write_policy(
         UserError: If the folder cannot be written (disk full, …).
         ValueError: If the tokenizer is another one.
     """
-    from transformers import AutoTokenizer, GenerationConfig
-
     if tokenizer_hash(tokenizer) != tokenizer_hash(spec.chat.tokenizer):
         raise ValueError("this is not the tokenizer that the policy's spec was made with")
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = spec.chat.template_text
-    # A new one: settings for sampling that came with the backbone were made for other weights.
-    causal_lm.generation_config = GenerationConfig(
+    causal_lm.generation_config = _generation_config(spec)
+    decoder = causal_lm.base_model
+    base = adapter_base(decoder)
+    with replaced_folder(folder, POLICY_FILE) as aside:
+        with no_progress_bar(), merged(decoder):
+            causal_lm.save_pretrained(aside, max_shard_size=SHARD_SIZE)
+            size = causal_lm.num_parameters()
+        card = policy_card(spec, type(causal_lm).__name__, size, base is not None)
+        _write_beside(aside, spec, tokenizer, card)
+        if base is not None:
+            adapter = aside / ADAPTER_FOLDER
+            write_adapter(adapter, decoder, None)
+            _write_beside(adapter, spec, tokenizer, policy_adapter_card(spec, base))
+            causal_lm.generation_config.save_pretrained(adapter)
+        share(aside)
+
+
+def _generation_config(spec: PolicySpec) -> GenerationConfig:
+    """A new one: settings for sampling that came with the backbone were made for other weights."""
+    from transformers import GenerationConfig
+
+    tokenizer = spec.chat.tokenizer
+    return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=spec.stop_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with replaced_folder(folder, POLICY_FILE) as aside:
-        with no_progress_bar(), merged(causal_lm.base_model):
-            causal_lm.save_pretrained(aside, max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(aside)
-        saved = AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
-        record = json.dumps(plain(spec.record(saved)), indent=2, ensure_ascii=False)
-        (aside / POLICY_FILE).write_text(f"{record}\n", encoding="utf-8")
-        card = policy_card(spec, type(causal_lm).__name__, causal_lm.num_parameters())
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        share(aside)
 
 
-def policy_card(spec: PolicySpec, class_name: str, n_parameters: int) -> str:
-    """Write the README of an export: only what the spec knows, nothing invented.
+def _write_beside(
+    folder: Path, spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, card: str
+) -> None:
+    """Write what stands beside the weights: tokenizer with template, ``policy.json``, README."""
+    from transformers import AutoTokenizer
 
-    Args:
-        spec: What the policy was trained with.
-        class_name: The transformers class of the folder.
-        n_parameters: Parameters, an embedding that is the LM head as well counted once.
-
-    Returns:
-        Markdown with a YAML header.
-    """
-    chat, limits = spec.chat, spec.limits
-    system_prompt = json.dumps(chat.system_prompt, ensure_ascii=False)
-    shown = "none" if chat.system_prompt is None else system_prompt
-    system = (
-        ""
-        if chat.system_prompt is None
-        else (f'{{"role": "system", "content": {system_prompt}}},\n          ')
-    )
-    bos = "[tokenizer.bos_token_id] + " if chat.adds_bos else ""
-    stop = chat.tokenizer.convert_ids_to_tokens(spec.stop_token_id)
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [helpsteer2]\n---\n\n"
-        "# Policy\n\n"
-        f"- Class: `{class_name}`, {n_parameters:,} parameters\n"
-        f"- Backbone: {spec.base_model}\n"
-        f"- Trained on: {spec.data or 'not recorded'}\n"
-        f"- Objective: {spec.objective or 'not recorded'}\n"
-        f"- Chat template `{chat.template_name}`, hash `{chat.template_hash}` (in "
-        f"`chat_template.jinja`); an answer ends with `{stop}`\n"
-        f"- System prompt: {shown}\n"
-        f"- Trained on at most {limits.max_prompt_tokens} prompt and "
-        f"{limits.max_response_tokens} response tokens\n\n"
-        "## Use\n\n"
-        "```python\n"
-        "import torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n\n"
-        f'prompt = [{system}{{"role": "user", "content": "What is 2+2?"}}]\n'
-        "text = tokenizer.apply_chat_template(\n"
-        "    prompt, tokenize=False, add_generation_prompt=True, enable_thinking=False\n"
-        ")\n"
-        f"ids = torch.tensor([{bos}tokenizer(text, add_special_tokens=False).input_ids])\n"
-        "answer = model.generate(ids, max_new_tokens=256)[0, ids.shape[1]:]\n"
-        "print(tokenizer.decode(answer, skip_special_tokens=True))\n"
-        "```\n"
-    )
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    record = json.dumps(plain(spec.record(saved)), indent=2, ensure_ascii=False)
+    (folder / POLICY_FILE).write_text(f"{record}\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")

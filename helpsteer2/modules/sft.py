@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a policy learns to give the responses of the data."""
+"""Supervised fine-tuning: a policy learns to give the answers of the data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 class SFTModule(StepModule):
     """Teaches a policy every response of every group; ratings and preferences are not read.
 
+    The answers inside a prompt that are marked to be learned are learned too, in the same pass.
+
     Args:
         model: The policy.
-        loss: The loss of the response tokens.
+        loss: The loss of the learned tokens.
         optimizer: Makes the optimizer from parameter groups.
         warmup_steps: Step s (0-based) runs at ``lr · min(1, (s + 1) / warmup_steps)``.
         decay: The rate after the warm-up: ``constant``, or ``linear`` to 0.
@@ -54,16 +56,16 @@ class SFTModule(StepModule):
         self._validated: list[tuple[Tensor, ...]] = []
 
     def count(self, batch: PackedBatch) -> Tensor:
-        """Response tokens of a micro-batch."""
+        """Learned tokens of a micro-batch."""
         return self.loss.count(batch)
 
     def loss_sums(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Losses of the tokens; logged are those guessed right and their number."""
-        loss, sums = self.loss(self.model.response_logprobs(batch), batch)
+        loss, sums = self.loss(self.model.learned_logprobs(batch), batch)
         return loss.reshape(1), torch.stack([sums["greedy"], sums["tokens"].float()])
 
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """Share of the response tokens that were the most likely ones."""
+        """Share of the learned tokens that were the most likely ones."""
         greedy, tokens = sums
         return {"train/token_accuracy": greedy / tokens}
 
@@ -73,7 +75,7 @@ class SFTModule(StepModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Read a packed batch of the validation split."""
-        tokens = self.model.response_logprobs(batch)
+        tokens = self.model.learned_logprobs(batch)
         groups = batch.group_indices[batch.response_groups]
         if batch.filler:
             groups = groups[:0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -146,6 +146,9 @@ class StepModule(pl.LightningModule):
 
     objective: str
     """The loss in words, for the model card."""
+
+    needs_reference: ClassVar[bool] = False
+    """Whether the loss reads log-probabilities of a reference policy."""
 
     scored: ScoredSplit | None = None
     """Scores and labels of the latest validation; None if there is nothing to show."""

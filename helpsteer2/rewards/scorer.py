@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,15 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float32]
 
+WAITING_GROUPS = 1024
+"""Most groups of one pass, as equal ones take no tokens."""
+
 
 class RewardScorer:
     """Scores groups in a stream, with the chat template and the limits the model was trained with.
+
+    Within a pass a prompt is computed once, and so is each of its responses, however many groups
+    hold them. ``AttributeWeights.reward`` makes one reward of the scores.
 
     Args:
         model: The reward model, on its device and in eval mode.
@@ -80,6 +88,21 @@ class RewardScorer:
         model, _, chat = RewardModel.from_pretrained(path, dtype, attention, device, base)
         return cls(model, chat, tokens_per_microbatch)
 
+    @cached_property
+    def model_hash(self) -> str:
+        """SHA-256 of the weights, and of the template, tokenizer and limits that scores rest on."""
+        spec = self.model.spec
+        parts = (
+            spec.attribute_names,
+            (spec.template_hash, spec.system_prompt, spec.tokenizer_hash),
+            (spec.limits.max_prompt_tokens, spec.limits.max_response_tokens),
+        )
+        hashed = hashlib.sha256(repr(parts).encode())
+        for name, tensor in self.model.state_dict().items():
+            hashed.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+            hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return hashed.hexdigest()
+
     def score(self, groups: Iterable[Group]) -> Iterator[Scores]:
         """Score groups as they come.
 
@@ -90,9 +113,16 @@ class RewardScorer:
             ``(n, A)`` float32 of each group, in order, at most one micro-batch behind the input.
 
         Raises:
-            UserError: If a group cannot be rendered by the chat template.
+            UserError: If a group cannot be rendered by the chat template; names the group.
         """
-        return self.score_encoded(self.encode(group, i) for i, group in enumerate(groups))
+        return self.score_encoded(self._encoded(groups))
+
+    def _encoded(self, groups: Iterable[Group]) -> Iterator[TokenGroup]:
+        for index, group in enumerate(groups):
+            try:
+                yield self.encode(group, index)
+            except UserError as error:
+                raise UserError(f"group {group.id!r} ({group.source}): {error}") from error
 
     def encode(self, group: Group, index: int = 0) -> TokenGroup:
         """Turn a group into ids, under the limits the model was trained with.
@@ -109,19 +139,18 @@ class RewardScorer:
 
     def score_encoded(self, groups: Iterable[TokenGroup]) -> Iterator[Scores]:
         """Score groups of ids; see ``score``."""
-        waiting: list[TokenGroup] = []
-        n_tokens = 0
+        waiting = _Pass()
         for group in groups:
-            if waiting and n_tokens + group.n_tokens > self.tokens_per_microbatch:
+            if waiting.is_full_with(group, self.tokens_per_microbatch):
                 yield from self._forward(waiting)
-                waiting, n_tokens = [], 0
-            waiting.append(group)
-            n_tokens += group.n_tokens
-        if waiting:
+                waiting = _Pass()
+            waiting.add(group)
+        if waiting.members:
             yield from self._forward(waiting)
 
-    def _forward(self, groups: list[TokenGroup]) -> list[Scores]:
+    def _forward(self, waiting: _Pass) -> Iterator[Scores]:
         """Score one micro-batch."""
+        groups, rows = waiting.distinct()
         batch = pack(groups)
         device = self.model.head.weight.device
         try:
@@ -132,5 +161,58 @@ class RewardScorer:
                 f"out of memory with {batch.layout.n_tokens} tokens in one pass (budget "
                 f"{self.tokens_per_microbatch}): lower tokens_per_microbatch"
             ) from error
-        ends = np.cumsum([len(group.response_ids) for group in groups])
-        return np.split(scores, ends[:-1])
+        for of_group in rows:
+            yield scores[of_group]
+
+
+class _Pass:
+    """Groups that go through the model together: ids as bytes, so that equal ones are found."""
+
+    def __init__(self) -> None:
+        self.members: list[tuple[bytes, list[bytes]]] = []
+        self._responses: dict[bytes, dict[bytes, None]] = {}  # sets by prompt, in order
+        self._n_tokens = 0
+
+    def is_full_with(self, group: TokenGroup, budget: int) -> bool:
+        """Whether a group has to wait for the next pass."""
+        if not self.members:
+            return False
+        prompt, responses = _as_bytes(group)
+        new = self._n_tokens + self._new_bytes(prompt, responses) // group.prompt_ids.itemsize
+        return new > budget or len(self.members) == WAITING_GROUPS
+
+    def add(self, group: TokenGroup) -> None:
+        """Take a group in."""
+        prompt, responses = _as_bytes(group)
+        self._n_tokens += self._new_bytes(prompt, responses) // group.prompt_ids.itemsize
+        self._responses.setdefault(prompt, {}).update(dict.fromkeys(responses))
+        self.members.append((prompt, responses))
+
+    def _new_bytes(self, prompt: bytes, responses: list[bytes]) -> int:
+        """Bytes of ids that are not in the pass yet."""
+        known = self._responses.get(prompt)
+        new = set(responses).difference(known or ())
+        return (0 if known else len(prompt)) + sum(map(len, new))
+
+    def distinct(self) -> tuple[list[TokenGroup], list[list[int]]]:
+        """Each prompt with its different responses, and the rows of every member's responses."""
+        groups: list[TokenGroup] = []
+        row_of: dict[tuple[bytes, bytes], int] = {}
+        for prompt, responses in self._responses.items():
+            groups.append(
+                TokenGroup(
+                    prompt_ids=np.frombuffer(prompt, np.int32),
+                    response_ids=tuple(np.frombuffer(ids, np.int32) for ids in responses),
+                    attributes=np.empty((len(responses), 0), np.float32),
+                    preference_strength=float("nan"),
+                    index=len(groups),
+                )
+            )
+            for ids in responses:
+                row_of[prompt, ids] = len(row_of)
+        rows = [[row_of[prompt, ids] for ids in responses] for prompt, responses in self.members]
+        return groups, rows
+
+
+def _as_bytes(group: TokenGroup) -> tuple[bytes, list[bytes]]:
+    return group.prompt_ids.tobytes(), [ids.tobytes() for ids in group.response_ids]

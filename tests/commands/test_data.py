@@ -52,6 +52,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"message_id": "b", "parent_id": "a", "text": "!", "role": "assistant", "labels": None},
     ],
     "hh_rlhf": [{"chosen": f"{ASK} b", "rejected": f"{ASK} c"}],
+    "messages": [{"messages": [USER, {"role": "assistant", "content": "a"}]}],
+    "conversations": [
+        {"conversations": [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}]}
+    ],
     "groups": [{"id": "a", "prompt": [USER], "responses": ["b"]}],
 }
 
@@ -208,6 +212,6 @@ def test_real_data(capsys: pytest.CaptureFixture[str], path: str, says: str) -> 
 
 @pytest.mark.skipif(not REAL, reason="HELPSTEER2_REAL_DATA is not set")
 def test_real_files_of_other_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for path in ("steerlm_format/sft_50_extra_id_format.jsonl", "rewardbench/filtered.parquet"):
+    for path in ("steerlm_format/test-rm.jsonl", "rewardbench/filtered.parquet"):
         assert main(["validate", str(Path(REAL or "") / path)]) == 1
         assert "unknown schema" in capsys.readouterr().out

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,10 @@ from helpsteer2.data.lengths import CutReport
 from helpsteer2.data.sources.helpsteer import HelpSteer2
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation import rewardbench as rb
+from helpsteer2.evaluation.policies import EvaluatedPolicy
 from helpsteer2.evaluation.ratings import RatingEvaluation
 from helpsteer2.evaluation.rewardbench import RewardBench
+from helpsteer2.plots import bars
 
 METRIC = "ratings/attributes/helpfulness/predictors/model/mse/value"
 
@@ -94,6 +98,7 @@ def arguments(tmp_path, model):
             "a": AttributeWeights("helpfulness_only", {"helpfulness": 1.0}),
             "b": AttributeWeights("brief", {"verbosity": -1.0}),
         },
+        "engine": None,  # reward models sample nothing
         "dtype": "float32",
         "attention": "auto",
         "tokens_per_microbatch": 512,
@@ -168,6 +173,62 @@ def test_no_evaluator_and_an_unwritable_folder_are_refused_before_the_model_load
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         evaluate(**{**arguments, "run_dir": str(tmp_path / "file" / "run")})
+    assert scorer.loads == []
+
+
+class PolicyEvaluation:
+    """Stands for an evaluator of policies."""
+
+    takes = "policy"
+
+    def evaluate(self, policy, context):
+        assert isinstance(policy, EvaluatedPolicy)
+        return {"fingerprint": "data", "path": policy.path, "length": len(policy.path)}
+
+    def tables(self, result):
+        return []
+
+    def headlines(self, result):
+        return {"length": str(result["length"])}
+
+    def figures(self, results):
+        values = [{"value": of["length"], "low": 1, "high": 999} for of in results.values()]
+        return {"lengths": bars({"a": values}, list(results), title="", limits=(0, 999))}
+
+
+@dataclass(frozen=True)
+class FakeEngine:
+    """Opens a policy of which the chat format alone is looked at."""
+
+    def open(self, model, dtype, attention):
+        return SimpleNamespace(chat=LengthScorer.chat)
+
+
+def test_policies_are_evaluated_by_what_takes_policies(scorer, arguments, tmp_path, model):
+    mine = {**arguments, "engine": FakeEngine(), "evaluators": {"mine": PolicyEvaluation()}}
+    evaluate(**mine)
+    result = RunFolder(tmp_path / "run").result()
+    assert result["metrics"]["mine"]["path"] == model
+    assert result["model"] == {"path": model, "template_name": "plain", "template_hash": "abc"}
+    assert (tmp_path / "run" / "plots" / "mine_lengths.png").stat().st_size > 0
+    evaluate(**{**mine, "model": [model, f"{model}/other"]})
+    assert set(RunFolder(tmp_path / "run").result()["metrics"]) == set(
+        short_names([model, f"{model}/other"])
+    )
+    assert scorer.loads == []
+
+
+def test_evaluators_of_both_kinds_and_models_of_the_wrong_one_are_refused(scorer, arguments, model):
+    rewards, policies = arguments["evaluators"], {"mine": PolicyEvaluation()}
+    with pytest.raises(UserError, match=r"ratings takes a reward model, .*mine takes a policy"):
+        evaluate(**{**arguments, "evaluators": {**rewards, **policies}})
+    Path(model, "policy.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model=.* is a policy, but ratings, rewardbench takes"):
+        evaluate(**arguments)
+    Path(model, "policy.json").rename(Path(model, "reward_model.json"))
+    for models in (model, [f"{model}/other", model]):
+        with pytest.raises(UserError, match=r"is a reward model, but mine takes a policy.*ratings"):
+            evaluate(**{**arguments, "evaluators": policies, "model": models})
     assert scorer.loads == []
 
 

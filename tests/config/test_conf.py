@@ -22,12 +22,28 @@ NEEDS = {
     "backbone=local": ["backbone.path=some/model"],
     "data=local": ["data.path=some/folder"],
     "data=groups": ["data.path=some/folder"],
+    "data=chat": ["data.path=some/folder"],
     "experiment=reward/local_slice": ["data.path=some/folder"],
     "experiment=reward/world": ["backbone.path=some/model"],
+    "experiment=sft/local_chat": ["data.path=some/folder"],
     "experiment=reward/helpsteer2_preference_scaled_from_regression": [
         "model.init_from=some/export"
     ],
-}
+    "experiment=dpo/world": ["backbone.path=some/model", "reference=some/reference"],
+    **{
+        f"experiment=dpo/{name}": [
+            "backbone.path=some/model", "data.path=some/folder", "reference=some/reference"
+        ]
+        for name in ("helpsteer2_llama3_70b", "helpsteer2_llama3_70b_iteration", "local_slice")
+    },
+    **{
+        f"module={name}": ["reference=some/reference"]
+        for name in (
+            "dpo", "dpo_hinge", "dpo_ipo", "dpo_margin", "dpo_robust", "dpo_scaled",
+            "dpo_smoothed", "rpo", "rpo_forward_kl", "rpo_squared",
+        )
+    },
+}  # fmt: skip
 """What has to be given with a choice that leaves something open."""
 
 
@@ -39,8 +55,9 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("choice", options("experiment"))
 def test_every_experiment_composes_and_validates(choice: str) -> None:
-    (job,) = check(CONFIG_COMMANDS["train"], [choice, *NEEDS.get(choice, [])]).jobs
-    assert job["run_dir"].startswith("outputs/train/")
+    command = "pipeline" if choice.startswith("experiment=pipeline/") else "train"
+    (job,) = check(CONFIG_COMMANDS[command], [choice, *NEEDS.get(choice, [])]).jobs
+    assert job["run_dir"].startswith(f"outputs/{command}/")
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -129,6 +146,42 @@ def test_the_recipe_of_the_preference_chain_has_its_values() -> None:
     assert [job["model.init_from"] for job in pairs] == [None] * 3 + ["some/export"]
 
 
+def test_the_recipes_of_supervised_fine_tuning_have_their_values() -> None:
+    command, jobs = CONFIG_COMMANDS["train"], []
+    for name in ("daring_anteater", "open_assistant"):
+        jobs += check(command, [f"experiment=sft/{name}_llama3_70b"]).jobs
+    for job in jobs:
+        assert job["backbone.path"] == "meta-llama/Meta-Llama-3-70B"
+        assert job["model._target_"] == "helpsteer2.models.start.PolicyStart"
+        assert (job["module.optimizer.lr"], job["schedule.checkpoint_every"]) == (2e-6, 200)
+        assert job["lengths.max_prompt_tokens"] + job["lengths.max_response_tokens"] == 4096
+    anteater, assistant = jobs
+    # arXiv 2406.08673, section 4: 384 and 128 answers a step, for about 2 and 4 epochs.
+    assert (anteater["batching.max_steps"], assistant["batching.max_steps"]) == (1600, 2400)
+    assert round(384 / 2.88) == anteater["batching.global_batch"]
+    assert round(4 * 56_000 / 2400) == assistant["batching.global_batch"]
+    assert anteater["data.of.path"] == "nvidia/Daring-Anteater"
+    assert assistant["data.conversations"] is True
+
+
+def test_the_recipes_of_dpo_have_their_values() -> None:
+    jobs = []
+    for name in ("helpsteer2_llama3_70b", "helpsteer2_llama3_70b_iteration"):
+        choice = f"experiment=dpo/{name}"
+        jobs += check(CONFIG_COMMANDS["train"], [choice, *NEEDS[choice]]).jobs
+    for job in jobs:
+        # arXiv 2406.08673, section 4: 128 pairs a step, β = 1e-3.
+        assert (job["batching.global_batch"], job["module.loss.beta"]) == (128, 1e-3)
+        assert job["module.loss._target_"] == "helpsteer2.losses.dpo.DPOLoss"
+        assert job["module.optimizer.weight_decay"] == 0.1
+        assert job["lengths.max_prompt_tokens"] + job["lengths.max_response_tokens"] == 4096
+    first, iteration = jobs
+    assert (first["batching.epochs"], first["module.optimizer.lr"]) == (7, 2e-7)
+    assert first["schedule.checkpoint_every"] == 25
+    assert 7 * 7221 // 128 == 394
+    assert (iteration["batching.epochs"], iteration["module.optimizer.lr"]) == (3, 9e-8)
+
+
 def test_a_preference_module_alone_is_a_whole_configuration() -> None:
     for name in ("bradley_terry", "margin_bradley_terry", "scaled_bradley_terry"):
         (job,) = check(CONFIG_COMMANDS["train"], [f"module={name}"]).jobs
@@ -140,15 +193,19 @@ def test_a_preference_module_alone_is_a_whole_configuration() -> None:
 
 
 PAPER_RECIPES = (
-    "helpsteer2_llama3_70b",
-    "helpsteer2_preference_bradley_terry",
-    "helpsteer2_preference_regression",
+    "dpo/helpsteer2_llama3_70b",
+    "dpo/helpsteer2_llama3_70b_iteration",
+    "reward/helpsteer2_llama3_70b",
+    "reward/helpsteer2_preference_bradley_terry",
+    "reward/helpsteer2_preference_regression",
+    "sft/daring_anteater_llama3_70b",
+    "sft/open_assistant_llama3_70b",
 )
 
 
 @pytest.mark.parametrize("recipe", PAPER_RECIPES)
 def test_every_value_of_a_paper_recipe_names_its_source(recipe: str) -> None:
-    text = (CONF / f"experiment/reward/{recipe}.yaml").read_text(encoding="utf-8")
+    text = (CONF / f"experiment/{recipe}.yaml").read_text(encoding="utf-8")
     body = text[text.index("batching:") :].splitlines()
     source = ""
     for line in body:

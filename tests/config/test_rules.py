@@ -51,6 +51,8 @@ REWARD = {"_target_": "helpsteer2.models.start.RewardStart"}
 POLICY = {"_target_": "helpsteer2.models.start.PolicyStart"}
 REGRESSION = {"_target_": "helpsteer2.modules.regression.RegressionModule"}
 SFT = {"_target_": "helpsteer2.modules.sft.SFTModule"}
+DPO = {"_target_": "helpsteer2.modules.dpo.DPOModule"}
+RPO = {"_target_": "helpsteer2.modules.dpo.RPOModule"}
 
 
 def findings(**changes: Any) -> list[str]:
@@ -126,6 +128,12 @@ def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
         ({"attributes": ["helpfulness", "helpfulness"]}, "attributes"),
         ({"model": POLICY, "module": REGRESSION}, "model"),
         ({"model": REWARD, "module": SFT}, "model"),
+        ({"model": POLICY, "module": DPO}, "reference"),
+        ({"model": POLICY, "module": RPO}, "reference"),
+        ({"model": POLICY, "module": SFT, "reference": "some/reference"}, "reference"),
+        ({"model": POLICY, "module": DPO, "reference": "./no/such/folder"}, "reference"),
+        ({"module__loss__beta": 0.0}, "module.loss.beta"),
+        ({"module__sft_weight": -1.0}, "module.sft_weight"),
         ({"model": REWARD | {"init_from": "./no/such/model"}}, "model.init_from"),
         ({"attributes": [], "weights": None}, "attributes"),
         ({"module___target_": "helpsteer2.modules.preference.PreferenceModule"}, "attributes"),
@@ -161,6 +169,7 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], path: str) -> None
         {"trainer__logger": False},
         {"model": POLICY, "module": SFT},
         {"model": POLICY, "module": SFT, "attributes": []},
+        {"model": POLICY, "module": DPO, "reference": "outputs/later/reference"},
         {"model": REWARD, "module": REGRESSION},
         # What is misspelt is told where the node itself is checked.
         {"model": {"_target_": "helpsteer2.models.start.NoSuchStart"}, "module": SFT},

@@ -159,6 +159,23 @@ def chatml() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def metaspace() -> PreTrainedTokenizerFast:
+    """Like those of SentencePiece: the first word of every text gets a space before it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n", "é"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 @cache
 def trained(folder: str) -> PreTrainedTokenizerFast:
     from helpsteer2.data.tokenizer import TrainedTokenizer

@@ -31,8 +31,10 @@ SYSTEM: Message = {"role": "system", "content": "Be brief."}
 
 def fit(chat, messages, limit):
     report = CutReport()
-    ids = LengthLimits(limit, 10_000).fit_prompt(messages, chat.prompt_ids(messages), chat, report)
-    return ids, report
+    ids = chat.prompt_ids(messages)
+    kept = LengthLimits(limit, 10_000).fit_messages(messages, ids, chat, report)
+    assert (kept is messages) == (len(ids) <= limit)
+    return chat.prompt_ids(kept), report
 
 
 def common_end(one: str, other: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,46 @@ def test_a_filler_keeps_the_tokens_without_labels() -> None:
     assert blank.attributes.isnan().all()
     assert blank.preference_strength.isnan().all()
     assert not batch.attributes.isnan().any()
+
+
+def test_rewards_and_reference_are_unknown_where_a_group_has_none() -> None:
+    known = replace(
+        group(1, [1], [2], [3, 4]),
+        rewards=np.array([1.5, -2], np.float32),
+        ref_logprobs=np.array([-7, -9], np.float32),
+    )
+    batch = pack([known, group(2, [1], [2])])
+    nan = float("nan")
+    for column, expected in ((batch.rewards, [1.5, -2, nan]), (batch.ref_logprobs, [-7, -9, nan])):
+        assert column.dtype == torch.float32
+        assert torch.equal(column.nan_to_num(99), torch.tensor(expected).nan_to_num(99))
+    blank = batch.as_filler()
+    assert blank.rewards.isnan().all()
+    assert torch.equal(blank.ref_logprobs[:2], batch.ref_logprobs[:2])
+
+
+def masked(prompt: list[int], mask: list[int], *responses: list[int]) -> TokenGroup:
+    return replace(group(0, prompt, *responses), prompt_mask=np.array(mask, bool))
+
+
+def test_trained_tokens_by_hand() -> None:
+    groups = [
+        masked([1, 2, 3], [0, 1, 1], [4, 5], [6]),
+        group(9, [10], [11, 12]),
+        masked([13, 14, 15], [0, 0, 1], [16]),
+    ]
+    layout = pack(groups, 8).layout
+    assert layout.trained_tokens.positions.tolist() == [1, 2, 11]
+    assert layout.trained_tokens.predictors.tolist() == [0, 1, 10]
+    none = pack([group(9, [10], [11, 12])]).layout.trained_tokens
+    assert len(none.positions) == len(none.predictors) == 0
+    assert none.positions.dtype == np.int64
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 0], [0, 1], [0, 1, 0, 0]])
+def test_a_mask_that_does_not_fit_is_refused(mask: list[int]) -> None:
+    with pytest.raises(ValueError, match="mask"):
+        pack([masked([1, 2, 3], mask, [4])])
 
 
 def test_empty_segments_are_refused() -> None:

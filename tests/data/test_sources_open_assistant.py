@@ -163,3 +163,49 @@ def test_rows_of_a_tree_that_are_scattered_are_told(tmp_path: Path) -> None:
     _, problems = read(tmp_path, rows)
     assert {p.field for p in problems} == {"parent_id"}
     assert "follow each other" in problems[0].message
+
+
+def conversations(path: Path, rows: list[Any]) -> list[list[str]]:
+    """Texts of each conversation, those that are learned in capitals."""
+    file = path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems: list[Problem] = []
+    source = OpenAssistant(str(path), conversations=True)
+    groups = list(source.read("train", problems.append))
+    assert problems == []
+    return [
+        [m["content"].upper() if m.get("train") else m["content"] for m in group.prompt]
+        + [response.upper() for response in group.responses]
+        for group in groups
+    ]
+
+
+def test_a_conversation_is_a_path_to_an_answer_that_is_the_last(tmp_path: Path) -> None:
+    assert conversations(tmp_path, tree("a") + tree("b")) == [
+        ["a?", "FIRST"],
+        ["a?", "SECOND", "and?", "THIRD"],
+        ["b?", "FIRST"],
+        ["b?", "SECOND", "and?", "THIRD"],
+    ]
+
+
+def test_questions_without_an_answer_end_no_conversation(tmp_path: Path) -> None:
+    rows = tree("a")
+    rows.append(message("axq", "ax", "more?", role="prompter"))
+    rows.append(message("alone", None, "anybody?", message_tree_id="alone", role="prompter"))
+    rows[4]["deleted"] = True
+    assert conversations(tmp_path, rows) == [["a?", "FIRST"], ["a?", "SECOND"]]
+
+
+def test_answers_that_paths_share_are_learned_in_each(tmp_path: Path) -> None:
+    rows = [*tree("a"), message("ayzv", "ayz", "fourth", role="assistant")]
+    assert conversations(tmp_path, rows)[1:] == [
+        ["a?", "SECOND", "and?", "THIRD"],
+        ["a?", "SECOND", "and?", "FOURTH"],
+    ]
+
+
+def test_conversations_and_questions_are_cached_apart(tmp_path: Path) -> None:
+    read(tmp_path, tree("a"))
+    sources = [OpenAssistant(str(tmp_path), conversations=whole) for whole in (False, True)]
+    assert len({source.fingerprint("train") for source in sources}) == 2

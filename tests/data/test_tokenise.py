@@ -274,6 +274,8 @@ class TestCache:
             lambda folder: (folder / "tokens.npy").unlink(),
             lambda folder: os.truncate(folder / "tokens.npy", 140),
             lambda folder: flip(folder / "ratings.npy"),
+            lambda folder: flip(folder / "trained.npy"),
+            lambda folder: (folder / "rewards.npy").unlink(),
             lambda folder: shutil.rmtree(folder) or folder.mkdir(),
         ],
     )

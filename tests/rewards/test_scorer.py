@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES
-from helpsteer2.data.chat import ChatFormat
+from helpsteer2.attributes import AttributeWeights
 from helpsteer2.data.groups import Group
-from helpsteer2.data.lengths import LengthLimits
-from helpsteer2.data.tokenizer import TrainedTokenizer
 from helpsteer2.errors import UserError
-from helpsteer2.models.attention import implementation_name
-from helpsteer2.models.reward import RewardModel, RewardSpec
-from helpsteer2.rewards.scorer import RewardScorer
+from helpsteer2.rewards.scorer import WAITING_GROUPS, RewardScorer
+from tests.rewards.tiny import WEIGHTS, group, tiny_reward_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("scorer")
-    tokenizer = TrainedTokenizer(300).build(lambda: iter(["to be or not to be"]), root)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    backbone = AutoModel.from_config(config, attn_implementation=implementation_name("sdpa"))
-    chat = ChatFormat().bind(tokenizer)
-    spec = RewardSpec.of(HELPSTEER2_ATTRIBUTES, chat, tokenizer, LengthLimits(60, 40), "random")
-    RewardModel(backbone, spec).save_pretrained(root / "export", tokenizer)
-    return root / "export"
-
-
-def group(prompt: str, *responses: str) -> Group:
-    return Group("id", "here", ({"role": "user", "content": prompt},), responses)
+    return tiny_reward_model(tmp_path_factory.mktemp("scorer"))
 
 
 GROUPS = [
@@ -75,16 +57,108 @@ def test_scores_come_while_more_groups_are_read(folder: Path) -> None:
 
     def stream() -> Iterator[Group]:
         nonlocal n_read
-        for _ in range(200):
+        for i in range(200, 400):
             n_read += 1
-            yield GROUPS[1]
+            yield group("Hi", f"Hello {i}")
 
     scores = scorer.score(stream())
     for _ in range(20):
         next(scores)
-    per_pass = 80 // scorer.encode(GROUPS[1]).n_tokens
+    per_pass = 80 // len(scorer.encode(group("Hi", "Hello 200")).response_ids[0])
     assert per_pass > 1
     assert n_read <= 20 + per_pass + 1
+
+
+def test_equal_groups_do_not_wait_without_end(folder: Path) -> None:
+    n_read = 0
+
+    def stream() -> Iterator[Group]:
+        nonlocal n_read
+        for _ in range(3 * WAITING_GROUPS):
+            n_read += 1
+            yield GROUPS[1]
+
+    next(RewardScorer.from_pretrained(folder).score(stream()))
+    assert n_read == WAITING_GROUPS + 1
+
+
+@pytest.fixture(scope="module")
+def counting(folder: Path) -> tuple[RewardScorer, list[int]]:
+    """A scorer, and the tokens of each of its passes."""
+    scorer, tokens = RewardScorer.from_pretrained(folder), []
+    scorer.model.register_forward_pre_hook(lambda _, given: tokens.append(given[0].layout.n_tokens))
+    return scorer, tokens
+
+
+def test_each_prompt_and_each_of_its_responses_is_computed_once(
+    counting: tuple[RewardScorer, list[int]],
+) -> None:
+    scorer, tokens = counting
+    groups = [
+        group("To be?", "Yes", "No", "Yes"),
+        group("Or not?", "Yes"),
+        group("To be?", "No", "Perhaps"),
+        group("To be?", "Yes"),
+    ]
+    once = [group("To be?", "Yes", "No", "Perhaps"), group("Or not?", "Yes")]
+    scores = list(scorer.score(groups))
+    first, second = scorer.score(once)
+    assert tokens[-2] == tokens[-1] == sum(scorer.encode(one).n_tokens for one in once)
+    expected = [first[[0, 1, 0]], second, first[[1, 2]], first[[0]]]
+    for of_group, wanted in zip(scores, expected, strict=True):
+        np.testing.assert_array_equal(of_group, wanted)
+    assert abs(first[0] - second[0]).max() > 1e-3  # the same response to another prompt
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.lists(st.sampled_from("uvwxyz"), min_size=1)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 200),
+)
+def test_any_mixture_of_equal_groups_has_the_scores_of_each_alone(
+    counting: tuple[RewardScorer, list[int]], drawn: list[tuple[str, list[str]]], budget: int
+) -> None:
+    scorer, _ = counting
+    scorer.tokens_per_microbatch = budget
+    groups = [group(prompt, *responses) for prompt, responses in drawn]
+    for one, scores in zip(groups, scorer.score(groups), strict=True):
+        (alone,) = scorer.score([one])
+        np.testing.assert_allclose(scores, alone, rtol=0, atol=1e-5)
+
+
+def test_weights_make_one_reward_of_the_scores(folder: Path) -> None:
+    scorer = RewardScorer.from_pretrained(folder)
+    (scores,) = scorer.score([GROUPS[0]])
+    rewards = WEIGHTS.reward(scores, scorer.attribute_names)
+    np.testing.assert_allclose(rewards, 0.65 * scores[:, 0] - 0.4 * scores[:, 4], rtol=1e-6)
+    with pytest.raises(UserError, match=r"'x' need humour.*scores helpfulness"):
+        AttributeWeights("x", {"humour": 1.0}).reward(scores, scorer.attribute_names)
+
+
+def test_a_sampled_response_may_be_empty(folder: Path) -> None:
+    scorer = RewardScorer.from_pretrained(folder)
+    sampled = replace(group("To be?", "", "Yes"), finish_reasons=("stop", "length"))
+    (scores,) = scorer.score([sampled])
+    assert np.isfinite(scores).all()
+    assert abs(scores[0] - scores[1]).max() > 1e-3
+    with pytest.raises(UserError, match=r"group 'seven' \(here\): the response is empty"):
+        list(scorer.score([group("To be?", "", identity="seven")]))
+
+
+def test_the_hash_is_that_of_the_model(folder: Path, tmp_path: Path) -> None:
+    scorer = RewardScorer.from_pretrained(folder)
+    assert scorer.model_hash == RewardScorer.from_pretrained(folder).model_hash
+    other = RewardScorer.from_pretrained(tiny_reward_model(tmp_path, seed=1))
+    assert other.model_hash != scorer.model_hash
+    assert RewardScorer.from_pretrained(folder, dtype="bfloat16").model_hash != scorer.model_hash
+    changed = RewardScorer.from_pretrained(folder)
+    with torch.no_grad():
+        changed.model.head.weight[0, 0] += 1e-3
+    assert changed.model_hash != scorer.model_hash
 
 
 def test_nothing_in_nothing_out(folder: Path) -> None:

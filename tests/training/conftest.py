@@ -36,3 +36,19 @@ def one_thread(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy to start from; read only."""
+    from tests.training.policies import train_policy
+
+    return train_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def initial(policy: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The reference log-probabilities of the policy that training starts from; read only."""
+    from tests.training.policies import refer
+
+    return refer(tmp_path_factory.mktemp("reference"), policy)

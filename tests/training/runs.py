@@ -28,14 +28,16 @@ from helpsteer2.data.chat import ChatFormat
 from helpsteer2.data.datamodule import Batching
 from helpsteer2.data.groups import Group
 from helpsteer2.data.lengths import LengthLimits
-from helpsteer2.data.tokenizer import TrainedTokenizer
+from helpsteer2.data.tokenizer import PretrainedTokenizer, TrainedTokenizer
 from helpsteer2.errors import UserError
+from helpsteer2.losses.dpo import DPOLoss
 from helpsteer2.losses.preference import ScaledBradleyTerry
 from helpsteer2.losses.regression import RegressionLoss
 from helpsteer2.losses.sft import SFTLoss
 from helpsteer2.models.backbone import Backbone
 from helpsteer2.models.lora import Lora
 from helpsteer2.models.start import PolicyStart, RewardStart
+from helpsteer2.modules.dpo import DPOModule
 from helpsteer2.modules.preference import PreferenceModule
 from helpsteer2.modules.regression import RegressionModule
 from helpsteer2.modules.sft import SFTModule
@@ -78,7 +80,10 @@ class ToyGroups:
         return hashlib.sha256(f"{self.seed} {self.n} {split}".encode()).hexdigest()
 
 
-def backbone(lora: Lora | None = None) -> Backbone:
+def backbone(lora: Lora | None = None, path: str | None = None) -> Backbone:
+    """A random decoder, or that of a folder."""
+    if path is not None:
+        return Backbone(PretrainedTokenizer(path), path=path, lora=lora)
     return Backbone(TrainedTokenizer(270), init="random", config=SHAPE, lora=lora)
 
 
@@ -88,6 +93,8 @@ def module_of(kind: str, optimizer: Any) -> partial[StepModule]:
         return partial(RegressionModule, loss=RegressionLoss(), optimizer=optimizer, warmup_steps=4)
     if kind == "sft":
         return partial(SFTModule, loss=SFTLoss(), optimizer=optimizer, warmup_steps=4)
+    if kind == "dpo":
+        return partial(DPOModule, loss=DPOLoss(), optimizer=optimizer, warmup_steps=4)
     return partial(PreferenceModule, loss=ScaledBradleyTerry(), optimizer=optimizer, warmup_steps=4)
 
 
@@ -97,14 +104,14 @@ def arguments(run_dir: Path, **options: Any) -> dict[str, Any]:
         "max_steps": 12, "validate_every": 5, "checkpoint_every": 3, "export": "best", "lr": 3e-3,
         "tokens": 200, "precision": "32-true", "devices": 1, "seed": 1, "data_seed": 0,
         "optimized_metric": "val/loss", "trainer": {}, "wandb": None, "lora": None,
-        "module": "regression",
+        "module": "regression", "policy": None, "reference": None,
     } | options  # fmt: skip
     optimizer = partial(torch.optim.AdamW, lr=chosen["lr"], betas=(0.9, 0.98), fused=True)
     return {
         "run_dir": str(run_dir),
         "seed": chosen["seed"],
-        "model": PolicyStart() if chosen["module"] == "sft" else RewardStart(),
-        "backbone": backbone(chosen["lora"]),
+        "model": PolicyStart() if chosen["module"] in ("sft", "dpo") else RewardStart(),
+        "backbone": backbone(chosen["lora"], chosen["policy"]),
         "data": ToyGroups(seed=chosen["data_seed"]),
         "chat": ChatFormat(),
         "lengths": LengthLimits(max_prompt_tokens=64, max_response_tokens=128),
@@ -125,6 +132,7 @@ def arguments(run_dir: Path, **options: Any) -> dict[str, Any]:
             chosen["validate_every"], chosen["checkpoint_every"], export=chosen["export"]
         ),
         "cache_dir": str(Path(run_dir).parent / "cache"),
+        "reference": chosen["reference"],
         "logger": chosen["wandb"],
         "optimized_metric": chosen["optimized_metric"],
         "config": {

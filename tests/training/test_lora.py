@@ -146,8 +146,9 @@ def test_a_run_trains_adapters_and_exports_a_plain_model(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"lora": DROPPING}
+@pytest.mark.parametrize("module", ["regression", "sft"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, module: str) -> None:
+    options: dict[str, Any] = {"lora": DROPPING, "module": module}
     whole = tmp_path / "whole/run"
     whole.parent.mkdir()
     start(whole, **options).join()

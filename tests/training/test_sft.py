@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from helpsteer2.commands.train import train
 from helpsteer2.data.chat import ChatFormat
 from helpsteer2.data.datamodule import Batching, GroupDataModule
 from helpsteer2.data.groups import Group
+from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.packing import pack
 from helpsteer2.data.tokenise import tokenise
 from helpsteer2.losses.sft import SFTLoss
@@ -104,6 +105,67 @@ def test_gradient_is_that_of_the_mean_over_tokens(tmp_path: Path) -> None:
     (total / n).backward()
     theirs = {name: p.grad for name, p in module.named_parameters()}
     assert relative(step_gradient(tmp_path, tokens=150), theirs) <= 1e-5
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations of one to four answers, whole with every answer marked, or cut at each."""
+
+    # Room for the longest: where turns are dropped, their answers cannot be learned.
+    LIMITS: ClassVar[LengthLimits] = LengthLimits(512, 128)
+
+    whole: bool
+    attribute_names: tuple[str, ...] = ()
+
+    def read(self, split: str, report: Any) -> Iterator[Group]:
+        for i in range(4):
+            turns: list[Any] = [{"role": "system", "content": "red green"}] * (i % 2)
+            for k in range(i + 1):
+                question = {"role": "user", "content": " ".join(["blue sun"] * (k + 1))}
+                answer = " ".join(["moon red"] * (i + k + 1))
+                if not self.whole or k == i:
+                    prompt = (*turns, question)
+                    yield Group(id=f"{i}.{k}", source="here:1", prompt=prompt, responses=(answer,))
+                said = {"role": "assistant", "content": answer}
+                turns += [question, {**said, "train": True} if self.whole else said]
+
+    def fingerprint(self, split: str) -> str:
+        return f"{self.whole} {split}"
+
+
+@pytest.mark.parametrize("template", ["auto", "plain"])
+def test_a_conversation_teaches_what_its_answers_teach_one_by_one(
+    tmp_path: Path, template: str
+) -> None:
+    results = []
+    for whole in (True, False):
+        tokenizer = backbone().tokenizer.build(lambda: iter(["red green blue sun moon"]), tmp_path)
+        chat = ChatFormat(template).bind(tokenizer)
+        groups = tokenise(Conversations(whole), "train", chat, Conversations.LIMITS, (), tmp_path)
+        batch = pack([groups[i] for i in range(len(groups))])
+        module = make_module(tokenizer, chat)
+        sums, logged = module.loss_sums(batch)
+        sums.sum().backward()
+        gradient = {name: p.grad for name, p in module.named_parameters()}
+        results.append((len(groups), module.count(batch), sums.detach(), logged, gradient))
+    (n, count, loss, logged, gradient), (n_alone, count_alone, loss_alone, *alone) = results
+    assert (n, n_alone) == (4, 10)
+    assert torch.equal(count, count_alone)
+    assert torch.equal(logged, alone[0])
+    torch.testing.assert_close(loss, loss_alone, rtol=1e-5, atol=0)
+    assert relative(gradient, alone[1]) <= 1e-5
+
+
+def test_validation_learns_of_answers_inside_prompts(tmp_path: Path) -> None:
+    figures = []
+    for whole in (True, False):
+        data, tokenizer, chat = make_data(tmp_path, 100_000)
+        source, limits = Conversations(whole), Conversations.LIMITS
+        data.validation = tokenise(source, "validation", chat, limits, (), tmp_path)
+        module = make_module(tokenizer, chat, optimizer=partial(torch.optim.SGD, lr=0.0))
+        trainer = fit(module, data, limit_val_batches=1.0)
+        figures.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
 def test_a_random_model_is_as_surprised_as_chance(tmp_path: Path) -> None:

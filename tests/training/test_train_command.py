@@ -19,7 +19,7 @@ from helpsteer2.callbacks import checkpoints as checkpoints_module
 from helpsteer2.callbacks.checkpoints import LAST, read_checkpoint
 from helpsteer2.callbacks.wandb import WandbRun
 from helpsteer2.commands.resume import finished_result
-from helpsteer2.commands.run_folder import RunFolder, differing_keys, is_among
+from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.train import train
 from helpsteer2.data.groups import Group
 from helpsteer2.data.tokenizer import TrainedTokenizer
@@ -27,6 +27,7 @@ from helpsteer2.errors import UserError
 from helpsteer2.losses.regression import RegressionLoss
 from helpsteer2.models.backbone import Backbone
 from helpsteer2.models.reward import RewardModel
+from helpsteer2.records import differing_keys, is_among
 from tests.training.runs import NAMES, SHAPE, ToyGroups, arguments
 
 
@@ -35,7 +36,8 @@ def test_a_run_leaves_its_record_and_a_model(tmp_path: Path, capsys) -> None:
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert value == result["metrics"]["val/loss"] == result["optimized_metric"]["value"]
     assert result["steps"] == 6
-    assert set(result["fingerprints"]) == {"train", "validation", "tokenizer", "template"}
+    inputs = {"train", "validation", "tokenizer", "template", "reference"}
+    assert set(result["fingerprints"]) == inputs
     assert {"environment", "speed", "wall_seconds", "config", "data"} <= set(result)
     assert result["speed"]["groups_per_second"] > 0
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())

@@ -85,7 +85,11 @@ class Job:
 
     def backbone(self) -> Backbone:
         """The backbone as ``helpsteer2 train`` configures it."""
-        return Backbone(TrainedTokenizer(VOCABULARY), init="random", config=self.size.config())
+        return Backbone(TrainedTokenizer(VOCABULARY), init="random", config=self.config())
+
+    def config(self) -> dict[str, Any]:
+        """The transformers config."""
+        return self.size.config()
 
     def groups(self) -> TokenisedGroups:
         """The groups of this job."""

@@ -19,25 +19,38 @@ from helpsteer2.callbacks.guards import BadBatch
 from helpsteer2.callbacks.metrics_log import MetricsLog
 from helpsteer2.callbacks.progress import ProgressReport
 from helpsteer2.data.datamodule import Batching, GroupDataModule
+from helpsteer2.data.token_store import TokenisedGroups
 from helpsteer2.losses.regression import RegressionLoss
 from helpsteer2.models.lora import Lora
 from helpsteer2.models.reward import RewardModel
 from helpsteer2.modules.regression import RegressionModule
+from helpsteer2.modules.step import StepModule
 
 
 def run(turns: Turns, job: Job, lora: Lora | None = None) -> None:
     """Train all weights, or adapters beside them, one step a turn."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    groups = job.groups()
-    batching = Batching(
-        job.size.groups_per_step, job.tokens_per_microbatch, max_steps=job.total_steps
-    )
     backbone = replace(job.backbone(), lora=lora)
     model = RewardModel(backbone.build(job.tokenizer, SEED), job.spec)
     module = RegressionModule(
         model,
         loss=RegressionLoss(),
         optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, fused=True),
+    )
+    train_in_turns(turns, job, module, job.groups())
+
+
+def train_in_turns(turns: Turns, job: Job, module: StepModule, groups: TokenisedGroups) -> None:
+    """Train as ``helpsteer2 train`` does, metrics log and progress report included.
+
+    Args:
+        turns: The turns; one is an optimizer step.
+        job: How many steps, of what size, in which precision.
+        module: What trains.
+        groups: The groups of the job.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    batching = Batching(
+        job.size.groups_per_step, job.tokens_per_microbatch, max_steps=job.total_steps
     )
     trainer = pl.Trainer(
         accelerator="cpu",

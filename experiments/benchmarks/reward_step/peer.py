@@ -5,18 +5,26 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import RewardConfig, RewardTrainer
 
 from experiments.benchmarks.reward_step.cost import Tally
 from experiments.benchmarks.reward_step.job import LEARNING_RATE, SEED, Job
 from experiments.benchmarks.reward_step.turns import Turns
 from helpsteer2.data.tokens import TokenGroup
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -36,39 +44,69 @@ def run(turns: Turns, job: Job, grouped: bool, options: dict[str, Any]) -> None:
         grouped: Length-grouped order.
         options: Arguments of ``RewardConfig`` that are not TRL's defaults.
     """
+    prepare()
+    groups, order = job.groups(), job.grouped_order() if grouped else job.order()
+    arguments = RewardConfig(**settings(job), **options)
+    trainer = RewardTrainer(
+        model=_model(job),
+        args=accumulated(arguments, job),
+        train_dataset=Dataset.from_list([_pair(groups[int(index)]) for index in order]),
+        processing_class=job.tokenizer,
+    )
+    train_in_turns(trainer, turns, job)
+
+
+def prepare() -> None:
+    """Keep TRL and its libraries quiet."""
     disable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)  # TRL still sets options that have new names
-    groups = job.groups()
-    order = job.grouped_order() if grouped else job.order()
-    arguments = RewardConfig(
-        output_dir=str(job.folder / "trl"),
-        max_steps=job.total_steps,
-        learning_rate=LEARNING_RATE,
-        bf16=job.dtype == "bf16",
-        use_cpu=True,
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Arguments of every TRL config that are not TRL's defaults."""
+    return {
+        "output_dir": str(job.folder / "trl"),
+        "max_steps": job.total_steps,
+        "learning_rate": LEARNING_RATE,
+        "bf16": job.dtype == "bf16",
+        "use_cpu": True,
         # The order is made beforehand, so that every contender sees the groups that it shall see.
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **options,
-    )
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def accumulated(arguments: Config, job: Job) -> Config:
+    """Set how many micro-batches make a step.
+
+    Raises:
+        ValueError: If a step is not a whole number of them.
+    """
     accumulate, rest = divmod(job.size.groups_per_step, arguments.per_device_train_batch_size)
     if rest or not accumulate:
         raise ValueError("a step has to be whole micro-batches")
     arguments.gradient_accumulation_steps = accumulate
+    return arguments
+
+
+def train_in_turns(trainer: Trainer, turns: Turns, job: Job) -> None:
+    """Train, one step a turn.
+
+    Args:
+        trainer: Of TRL; its data are the groups of the job in the order of training.
+        turns: The turns.
+        job: What it trains on.
+
+    Raises:
+        ValueError: If TRL has dropped rows.
+    """
     forwards: list[_Forward] = []
-    model = _model(job)
-    model.register_forward_pre_hook(_recorder(forwards), with_kwargs=True)
-    trainer = RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list([_pair(groups[int(index)]) for index in order]),
-        processing_class=job.tokenizer,
-        callbacks=[_OneStepATurn(turns, job, forwards)],
-    )
-    if len(trainer.train_dataset) != len(order):
+    trainer.model.register_forward_pre_hook(_recorder(forwards), with_kwargs=True)
+    trainer.add_callback(_OneStepATurn(turns, job, forwards))
+    if len(trainer.train_dataset) != job.total_steps * job.size.groups_per_step:
         raise ValueError("TRL dropped rows: they are too long")
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -107,7 +145,7 @@ class _OneStepATurn(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._turns.wait_first()
 
-    def on_step_end(self, args: RewardConfig, *rest: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         def details() -> dict[str, Any]:
             tally = Tally()
             for forward in self._forwards:

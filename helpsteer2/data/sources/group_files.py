@@ -7,9 +7,15 @@ A line of JSONL (or a row of Parquet with the same columns)::
      "responses": ["…", "…"],
      "attributes": [{"helpfulness": 3, "verbosity": null}, {"helpfulness": 1}],
      "annotations": [{"helpfulness": [3, 4, 3]}, {"helpfulness": [1, 1, 2]}],
-     "preference_strength": -2}
+     "preference_strength": -2,
+     "response_ids": [[17, 4, 2], [17, 9, 9]], "tokenizer": "5d41…",
+     "finish_reasons": ["stop", "length"],
+     "logprobs": [[-0.1, -2.5, -0.3], [-0.1, -0.7, -1.2]],
+     "scores": [{"helpfulness": 3.1, "verbosity": 1.9}, {"helpfulness": 0.2, "verbosity": 2.2}],
+     "rewards": [3.1, 0.2]}
 
-``id``, ``prompt`` and ``responses`` must be there; the rest may be left out or null.
+``id``, ``prompt`` and ``responses`` must be there; the rest may be left out or null. A message of
+the assistant inside the prompt may have ``"train": true``. ``Group`` says what the columns mean.
 """
 
 from __future__ import annotations
@@ -22,10 +28,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast, get_args
+from typing import Any, BinaryIO, TypeVar
 
 from helpsteer2.data.checks import RowCheck, did_you_mean, shown
-from helpsteer2.data.groups import Group, Message, Report, Role
+from helpsteer2.data.groups import Group, Report
 from helpsteer2.data.rows import (
     SPLITS,
     SUFFIXES,
@@ -37,6 +43,14 @@ from helpsteer2.data.rows import (
     split_of,
 )
 from helpsteer2.data.sources.base import MAX_CHARACTERS, RowSource, place
+from helpsteer2.data.sources.group_rows import (
+    group_row,
+    is_sampled,
+    items,
+    messages,
+    parquet_schema,
+    sampled_columns,
+)
 from helpsteer2.errors import DataError, UserError
 from helpsteer2.records import write_atomic
 
@@ -106,10 +120,14 @@ class GroupFiles(RowSource):
 
     def _group(self, check: RowCheck, identity: str) -> Group:
         values = check.row.values or {}
-        responses = _list(check, "responses", check.value("responses"))
+        responses = items(check, "responses", check.value("responses"))
         if not responses:
             check.fail("responses", "expected at least one response")
-        texts = [check.text_of(f"responses[{i}]", r) or "" for i, r in enumerate(responses)]
+        may_be_empty = is_sampled(check)
+        texts = [
+            check.text_of(f"responses[{i}]", response, may_be_empty) or ""
+            for i, response in enumerate(responses)
+        ]
         attributes = self._matrix(check, "attributes", len(texts), check.rating_of, None)
         annotations = self._matrix(check, "annotations", len(texts), check.annotations_of, ())
         strength = values.get("preference_strength")
@@ -121,11 +139,12 @@ class GroupFiles(RowSource):
         return Group(
             id=identity,
             source=source if isinstance(source, str) else place(check.row),
-            prompt=_messages(check),
+            prompt=messages(check),
             responses=tuple(texts),
             attributes=attributes,
             annotations=annotations,
             preference_strength=strength,
+            **sampled_columns(check, len(texts)),
         )
 
     def _matrix(
@@ -135,7 +154,7 @@ class GroupFiles(RowSource):
         given = (check.row.values or {}).get(column)
         if given is None:
             return None
-        objects = _list(check, column, given)
+        objects = items(check, column, given)
         if len(objects) != n:
             check.fail(column, f"expected one object a response ({n}), got {len(objects)}")
         rows = []
@@ -156,38 +175,6 @@ class GroupFiles(RowSource):
                 )
             )
         return tuple(rows)
-
-
-def _list(check: RowCheck, field: str, value: Any) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    if value is not None:
-        check.fail(field, f"expected a list, got {shown(value)}")
-    return []
-
-
-def _messages(check: RowCheck) -> tuple[Message, ...]:
-    """The prompt's messages; the last one must be the user's, a system message only the first."""
-    messages: list[Message] = []
-    for i, item in enumerate(_list(check, "prompt", check.value("prompt"))):
-        content = item.get("content") if isinstance(item, dict) else None
-        role = item.get("role") if isinstance(item, dict) else None
-        if role not in get_args(Role) or (role == "system" and i > 0):
-            check.fail(
-                f"prompt[{i}].role",
-                f"expected user or assistant (or system first), got {shown(role)}",
-            )
-        else:
-            text = check.text_of(f"prompt[{i}].content", content)
-            messages.append(Message(role=cast(Role, role), content=text or ""))
-    if not messages:
-        check.fail("prompt", "expected at least one message")
-    elif messages[-1]["role"] != "user":
-        check.fail(
-            "prompt",
-            f"must end in a turn of the user, it ends in one of the {messages[-1]['role']}",
-        )
-    return tuple(messages)
 
 
 def write_groups(path: str | Path, groups: Iterable[Group], attribute_names: Sequence[str]) -> int:
@@ -213,7 +200,7 @@ def write_groups(path: str | Path, groups: Iterable[Group], attribute_names: Seq
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal count
         for count, group in enumerate(groups, start=1):  # noqa: B007
-            yield _row(group, names)
+            yield group_row(group, names)
 
     def write(file: BinaryIO) -> None:
         if target.name.endswith(".parquet"):
@@ -229,25 +216,6 @@ def write_groups(path: str | Path, groups: Iterable[Group], attribute_names: Seq
     return count
 
 
-def _row(group: Group, names: tuple[str, ...]) -> dict[str, Any]:
-    """A group as a row of a file."""
-
-    def objects(matrix: Sequence[Sequence[Any]] | None) -> list[dict[str, Any]] | None:
-        if matrix is None:
-            return None
-        return [dict(zip(names, cells, strict=True)) for cells in matrix]
-
-    return {
-        "id": group.id,
-        "source": group.source,
-        "prompt": list(group.prompt),
-        "responses": list(group.responses),
-        "attributes": objects(group.attributes),
-        "annotations": objects(group.annotations),
-        "preference_strength": group.preference_strength,
-    }
-
-
 def _write_jsonl(file: BinaryIO | gzip.GzipFile, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
@@ -257,19 +225,23 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]], names: tuple[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: list[tuple[str, Any]] = [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("responses", pa.list_(pa.string())),
-        ("preference_strength", pa.int8()),
-    ]
-    if names:  # Parquet knows no object without fields.
-        ratings = pa.list_(pa.struct([(name, pa.float64()) for name in names]))
-        annotators = pa.list_(pa.struct([(name, pa.list_(pa.int8())) for name in names]))
-        columns += [("attributes", ratings), ("annotations", annotators)]
-    schema = pa.schema(columns)
     stream = iter(rows)
+    batch = list(itertools.islice(stream, _WRITE_BATCH))
+    scores = next((_score_names(row) for row in batch if "scores" in row), ())
+    schema = parquet_schema(names, scores)
     with pq.ParquetWriter(file, schema) as writer:
-        while batch := list(itertools.islice(stream, _WRITE_BATCH)):
+        while batch:
+            for row in batch:
+                if "scores" in row and set(_score_names(row)) != set(scores):
+                    raise UserError(
+                        f"group {row['id']!r} has other scores ({', '.join(_score_names(row))}) "
+                        f"than the groups before it ({', '.join(scores) or 'none'}): Parquet wants "
+                        "the same for all, and known from the first "
+                        f"{_WRITE_BATCH} groups; write JSONL instead"
+                    )
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            batch = list(itertools.islice(stream, _WRITE_BATCH))
+
+
+def _score_names(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row["scores"][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,16 +44,23 @@ class OpenAssistant(RowSource):
     The rows of a tree must follow each other, as they do on the Hub; messages marked as deleted
     are left out with everything below them. Only one tree is held in memory.
 
+    With ``conversations`` a group is a whole conversation, for supervised fine-tuning: a path from
+    the root to an answer after which there is no other, that answer is the response, and those
+    before it are marked to be learned. As in NeMo-Aligner, an answer that several paths share is
+    learned in each of them; without ``conversations`` each answer is learned once.
+
     Args:
         path: Hub id, folder with ``train`` and ``validation`` files, or a single file.
         max_characters: Longest message taken.
+        conversations: Whether a group is a conversation, not a question with all its answers.
 
-    Source: arXiv 2304.07327; scaling as in NVIDIA/NeMo-Aligner,
+    Source: arXiv 2304.07327; scaling and paths as in NVIDIA/NeMo-Aligner,
     examples/nlp/data/steerlm/preprocess_openassistant_data.py.
     """
 
     path: str = "OpenAssistant/oasst1"
     max_characters: int = MAX_CHARACTERS
+    conversations: bool = False
 
     @property
     def schema(self) -> str:
@@ -68,16 +76,21 @@ class OpenAssistant(RowSource):
         """Gather the messages of one tree after the other."""
         numbers = itertools.count()
         for tree in self._trees(rows, report):
-            for prompter, turns in _prompts(tree):
-                answers = [node for node in prompter.answers if node.message and not node.deleted]
-                if answers:
-                    yield Group(
-                        id=group_id(split, next(numbers)),
-                        source=place(answers[0].row),
-                        prompt=turns,
-                        responses=tuple(a.message["content"] for a in answers if a.message),
-                        attributes=tuple(a.ratings for a in answers),
-                    )
+            for turns, answers in _answered(tree, self.conversations):
+                yield Group(
+                    id=group_id(split, next(numbers)),
+                    source=place(answers[0].row),
+                    prompt=turns,
+                    responses=tuple(a.message["content"] for a in answers if a.message),
+                    attributes=tuple(a.ratings for a in answers),
+                )
+
+    def fingerprint(self, split: str) -> str:
+        """Hash of everything that ``read`` depends on (see ``RowSource``)."""
+        of_rows = super().fingerprint(split)
+        if not self.conversations:
+            return of_rows
+        return hashlib.sha256(f"conversations {of_rows}".encode()).hexdigest()
 
     def _trees(self, rows: Iterable[Row], report: Report) -> Iterator[dict[str, _Node]]:
         """Messages by id, one tree at a time, replies hung under what they reply to."""
@@ -136,6 +149,29 @@ def _hang(tree: dict[str, _Node], report: Report, max_characters: int) -> dict[s
         elif node.message and node.message["role"] == "assistant":
             parent.answers.append(node)
     return tree
+
+
+def _answered(
+    tree: dict[str, _Node], conversations: bool
+) -> Iterator[tuple[tuple[Message, ...], list[_Node]]]:
+    """Prompts with their answers, or conversations: a prompt with an answer that is the last."""
+    found = []
+    for prompter, turns in _prompts(tree):
+        answers = [node for node in prompter.answers if node.message and not node.deleted]
+        if answers:
+            found.append((prompter, turns, answers))
+    if not conversations:
+        yield from ((turns, answers) for _, turns, answers in found)
+        return
+    goes_on = {prompter.parent for prompter, *_ in found}
+    for _, turns, answers in found:
+        marked = tuple(_learned(message) for message in turns)
+        yield from ((marked, [answer]) for answer in answers if answer.id not in goes_on)
+
+
+def _learned(message: Message) -> Message:
+    """The message, marked to be learned if it is an answer."""
+    return {**message, "train": True} if message["role"] == "assistant" else message
 
 
 def _prompts(tree: dict[str, _Node]) -> Iterator[tuple[_Node, tuple[Message, ...]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,58 @@ _BACKENDS = {name: backend for backend, name in _NAMES.items()}
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 
 
+class AttentionContext(Protocol):
+    """How the tokens of one row attend; shared by the attention of every layer."""
+
+    def attend(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            layer: The decoder's attention module.
+            query: ``(1, H, T, D)``.
+            key: ``(1, Hkv, T, D)``, of the same dtype.
+            value: Like ``key``.
+            scale: Factor of the scores before the softmax.
+            window: A query sees keys less than ``window`` positions behind its own; None for all.
+
+        Returns:
+            ``(1, T, H, D)``.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class PackedContext:
-    """What the attention of every layer shares for one batch."""
+    """What the attention of every layer shares for one packed batch."""
 
     batch: PackedBatch
+
+    def attend(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of one layer by its backend; see ``AttentionContext``."""
+        backend = _BACKENDS[layer.config._attn_implementation]  # type: ignore[union-attr, index]
+        if backend == "sdpa":
+            return sdpa.attention(query, key, value, self.batch.layout, scale, window)
+        if backend == "flex":
+            return flex.attention(query, key, value, self.flex_masks, scale, window)
+        table, call = self.varlen_table, flash.kernel()
+        assert call is not None  # choose_backend refused otherwise
+        return flash.attention(query, key, value, table, scale, window, call)
 
     @cached_property
     def flex_masks(self) -> flex.FlexMasks:
@@ -131,7 +178,7 @@ def _packed_attention(
     value: Tensor,
     attention_mask: Tensor | _Window | None,
     *,
-    packed: PackedContext | None = None,
+    packed: AttentionContext | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -168,15 +215,7 @@ def _packed_attention(
     # Under bf16-mixed, rotary embedding leaves q and k in fp32 while v is bf16.
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    backend = _BACKENDS[module.config._attn_implementation]  # type: ignore[union-attr, index]
-    if backend == "sdpa":
-        layout = packed.batch.layout
-        return sdpa.attention(query, key, value, layout, scale, sliding_window), None
-    if backend == "flex":
-        return flex.attention(query, key, value, packed.flex_masks, scale, sliding_window), None
-    table, call = packed.varlen_table, flash.kernel()
-    assert call is not None  # choose_backend refused otherwise
-    return flash.attention(query, key, value, table, scale, sliding_window, call), None
+    return packed.attend(module, query, key, value, scale, sliding_window), None
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -231,9 +270,16 @@ def _outside_interface(name: str) -> str:
     )
 
 
-def _check_positions(config: PreTrainedConfig, batch: PackedBatch) -> None:
-    """Refuse groups beyond learned positions, and rows whose groups would share a rotary scale."""
-    span = batch.layout.max_span
+def check_span(config: PreTrainedConfig, span: int) -> None:
+    """Refuse texts beyond learned positions, and those that would share a rotary scale in a row.
+
+    Args:
+        config: Of the decoder.
+        span: Tokens of the longest prompt with its response.
+
+    Raises:
+        UserError: If the backbone's positions do not allow that length.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     learned = None if rope else getattr(config, "max_position_embeddings", None)
     if learned is not None and span > learned:
@@ -268,11 +314,28 @@ def packed_hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tenso
     Raises:
         UserError: If the backbone's positions do not allow these lengths.
     """
-    _check_positions(backbone.config.get_text_config(), batch)
+    check_span(backbone.config.get_text_config(), batch.layout.max_span)
+    return row_hidden_states(backbone, batch.input_ids, batch.position_ids, PackedContext(batch))
+
+
+def row_hidden_states(
+    backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext
+) -> Tensor:
+    """Hidden states of the last layer for a row whose tokens attend as the context says.
+
+    Args:
+        backbone: Decoder without LM head, built with a packed attention implementation.
+        input_ids: ``(T,)`` int64, on the backbone's device.
+        position_ids: ``(T,)`` int64.
+        context: Attention of every layer.
+
+    Returns:
+        ``(T, H)``, after the final norm.
+    """
     output = backbone(
-        input_ids=batch.input_ids.unsqueeze(0),
-        position_ids=batch.position_ids.unsqueeze(0),
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
         use_cache=False,
-        packed=PackedContext(batch),
+        packed=context,
     )
     return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]

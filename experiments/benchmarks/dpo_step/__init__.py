@@ -1,0 +1,1 @@
+"""A DPO step of a policy beside TRL's DPOTrainer."""

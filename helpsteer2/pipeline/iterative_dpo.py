@@ -1,0 +1,94 @@
+"""Iterative DPO as a pipeline: DPO on ratings, then on samples that the reward model has scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from helpsteer2.errors import ConfigError
+from helpsteer2.pipeline.dpo import DPO, Model
+from helpsteer2.pipeline.stages import Output, Stage, overrides_of, require_one_source
+
+
+@dataclass(frozen=True)
+class IterativeDPO(DPO):
+    """DPO on pairs of rated responses, then iterations of sampling, scoring and DPO.
+
+    An iteration samples n responses a prompt from the policy so far, scores them by the reward
+    model, pairs the best with the worst, and goes on training. Further arguments are those of
+    ``DPO``.
+
+    Args:
+        reward_model: Folder of the reward model; None if ``reward`` trains it.
+        reward: Settings of ``train`` for the stage ``reward_model``; None if that is given.
+        iterations: How many.
+        weights: Weighting, by its name in the config group, that makes one reward of the scores.
+            It decides the pairs alone: no reward model is trained again.
+        reference_policy: Which policy an iteration is compared with: the one before any DPO, or the
+            one that the iteration starts from.
+        sample: Settings of ``sample``: which prompts, and how to draw.
+        annotate: Settings of ``annotate``.
+        scored_pairs: Settings of ``pairs`` in the iterations.
+        train_again: Settings of ``train`` in the iterations; None for those of the first DPO.
+
+    Source: arXiv 2406.08673, section 4.3. It does not state the reference of its iteration.
+    """
+
+    reward_model: str | None = None
+    reward: dict[str, Any] | None = None
+    iterations: int = 1
+    weights: str = "helpsteer2_rlhf"
+    reference_policy: Literal["initial", "previous"] = "previous"
+    sample: dict[str, Any] = field(default_factory=dict)
+    annotate: dict[str, Any] = field(default_factory=dict)
+    scored_pairs: dict[str, Any] = field(default_factory=dict)
+    train_again: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_source("reward_model", self.reward_model, self.reward, "reward")
+        if self.iterations < 1:
+            raise ConfigError(
+                f"pipeline.iterations: has to be 1 or more, got {self.iterations}; without any it "
+                "is pipeline=dpo"
+            )
+
+    def stages(self, seed: int) -> Sequence[Stage]:
+        """The stages of ``DPO``, ``reward_model``, and those of each iteration.
+
+        Args:
+            seed: Seed of every training; iterations draw other samples.
+        """
+        stages, initial, policy = self.first_stages(seed)
+        scorer: Model = self.reward_model or Output("reward_model", "export")
+        if self.reward is not None:
+            reward = Stage("reward_model", "train", {**overrides_of(self.reward), "seed": seed})
+            stages.append(reward)
+        for number in range(1, self.iterations + 1):
+            suffix = f"_{number}"
+            stages += self._scored_pairs(suffix, policy, scorer, 1000 * seed + number)
+            reference = initial if self.reference_policy == "initial" else policy
+            settings = self.train if self.train_again is None else self.train_again
+            trained, policy = self.trained(suffix, policy, reference, settings, seed)
+            stages += trained
+        return stages
+
+    def _scored_pairs(self, suffix: str, policy: Model, scorer: Model, seed: int) -> list[Stage]:
+        """Samples of a policy, their scores, and pairs of them."""
+
+        def groups(stage: str) -> dict[str, Any]:
+            return {"data": "groups", "data.path": Output(f"{stage}{suffix}", "groups.jsonl")}
+
+        return [
+            Stage(f"sample{suffix}", "sample", {
+                **overrides_of(self.sample), "model": policy, "seed": seed,
+            }),
+            Stage(f"annotate{suffix}", "annotate", {
+                **overrides_of(self.annotate), **groups("sample"), "model": scorer,
+            }),
+            Stage(f"pairs{suffix}", "pairs", {
+                "weights": self.weights, **overrides_of(self.scored_pairs), **groups("annotate"),
+                "by": "scores",
+            }),
+        ]  # fmt: skip

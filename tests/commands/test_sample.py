@@ -1,0 +1,190 @@
+"""``helpsteer2 sample``: prompts in, groups out, and nothing lost if it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpsteer2.commands import CONFIG_COMMANDS
+from helpsteer2.commands.launch import launch
+from helpsteer2.commands.sample_store import SampleStore
+from helpsteer2.data.chat import ChatFormat
+from helpsteer2.data.groups import Group, read_all
+from helpsteer2.data.lengths import LengthLimits
+from helpsteer2.data.sources.group_files import GroupFiles
+from helpsteer2.data.tokenizer import TrainedTokenizer
+from helpsteer2.errors import UserError
+from helpsteer2.models.attention import implementation_name
+from helpsteer2.models.policy import Policy
+from helpsteer2.models.policy_export import PolicySpec
+from helpsteer2.world.source import WorldSource
+
+PROMPTS = 24
+OPTIONS = [
+    f"data.groups={PROMPTS}", "sampling.n=3", "sampling.max_tokens=12", "sampling.top_p=0.9",
+    "sampling.temperature=0.7", "engine.max_rows=8", "engine.prompts_per_block=4", "seed=5",
+]  # fmt: skip
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("policy")
+    tokenizer = TrainedTokenizer(300).build(lambda: iter(["to be or not to be"]), root)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    causal_lm = AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation_name("sdpa")
+    )
+    chat = ChatFormat().bind(tokenizer)
+    spec = PolicySpec(chat, LengthLimits(400, 100), "random")
+    Policy(causal_lm, spec).save_pretrained(root / "export", tokenizer)
+    return root / "export"
+
+
+@pytest.fixture
+def run(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(sys, "argv", ["helpsteer2"])
+
+    def call(*overrides: str, folder: str = "run") -> dict[str, Any]:
+        given = [f"run_dir={tmp_path / folder}", f"model={policy}", *OPTIONS]
+        try:
+            assert launch(CONFIG_COMMANDS["sample"], [*given, *overrides]) == 0
+        finally:
+            GlobalHydra.instance().clear()
+        result: dict[str, Any] = json.loads((tmp_path / folder / "result.json").read_text())
+        return result
+
+    return call
+
+
+def read(path: Path) -> list[Group]:
+    return list(read_all(GroupFiles(str(path)), "train"))
+
+
+def test_groups_are_written_in_the_order_of_the_prompts(run: Run, tmp_path: Path) -> None:
+    result = run()
+    groups = read(tmp_path / "run/groups.jsonl")
+    prompts = list(read_all(WorldSource(groups=PROMPTS, validation_groups=256, seed=0), "train"))
+    assert [group.id for group in groups] == [prompt.id for prompt in prompts]
+    for group, prompt in zip(groups, prompts, strict=True):
+        assert group.prompt == prompt.prompt
+        assert group.source == "sampled"
+        assert group.attributes is None
+        assert group.tokenizer == result["model"]["ids_hash"]
+        assert len(group.responses) == 3
+    metrics = result["metrics"]
+    lengths = [len(ids) for group in groups for ids in group.response_ids or ()]
+    assert metrics["samples"] == len(lengths) == 3 * PROMPTS
+    assert metrics["tokens"] == metrics["tokens_in_this_run"] == sum(lengths)
+    assert metrics["mean_tokens"] == pytest.approx(sum(lengths) / len(lengths), abs=1e-3)
+    assert metrics["unfinished_samples"] == metrics["finish_reasons"]["length"]
+    assert sum(metrics["finish_reasons"].values()) == len(lengths)
+    assert metrics["samples_without_logprobs"] == 0
+    assert result["sampling"]["seed"] == 5
+    assert result["model"]["hash"]
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run("max_prompts=4")
+    before = (tmp_path / "run/groups.jsonl").stat().st_mtime_ns
+    assert run("max_prompts=4") == result
+    assert "finished before" in capsys.readouterr().out
+    assert (tmp_path / "run/groups.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"other settings.*sampling\.temperature: 0\.7 → 1"):
+        run("max_prompts=4", "sampling.temperature=1.0")
+
+
+def test_long_prompts_are_left_out_counted_and_named(run: Run, tmp_path: Path) -> None:
+    everything = run()
+    lengths = {}
+    chat = Policy.from_pretrained(everything["model"]["path"])[2]
+    for group in read_all(WorldSource(groups=PROMPTS, validation_groups=256, seed=0), "train"):
+        lengths[group.id] = len(chat.prompt_ids(group.prompt))
+    limit = sorted(lengths.values())[PROMPTS // 2]
+    result = run(f"lengths.max_prompt_tokens={limit}", folder="short")
+    too_long = [name for name, length in lengths.items() if length > limit]
+    assert result["too_long"] == too_long
+    assert result["metrics"]["prompts_too_long"] == len(too_long) > 0
+    kept = read(tmp_path / "short/groups.jsonl")
+    assert {group.id for group in kept} == lengths.keys() - set(too_long)
+    with pytest.raises(UserError, match="none of the 24 prompts"):
+        run("lengths.max_prompt_tokens=3", folder="none")
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(
+    run: Run, policy: Path, tmp_path: Path
+) -> None:
+    run("sampling.max_tokens=40", folder="whole")
+    folder = tmp_path / "killed"
+    partial = folder / "groups.jsonl.partial"
+    given = [f"run_dir={folder}", f"model={policy}", *OPTIONS, "sampling.max_tokens=40"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helpsteer2", "sample", *given],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_for(lambda: count_lines(partial) >= 5, process)  # the second block is on its way
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = count_lines(partial)
+    with partial.open("ab") as file:
+        file.write(b'23\t{"id": "torn')  # as a kill in the middle of a write leaves it
+    result = run("sampling.max_tokens=40", folder="killed")
+    whole, killed = (tmp_path / name / "groups.jsonl" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+    # All but the block that was on its way is still there.
+    lengths = [sum(map(len, group.response_ids or ())) for group in read(killed)]
+    assert result["metrics"]["tokens_in_this_run"] == sum(lengths[kept // 4 * 4 :])
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 400
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=/nowhere"], "there is no file or folder /nowhere"),
+        (["sampling.top_q=1"], "did you mean top_p"),
+        (["sampling.n=many"], "sampling.n: expected"),
+        (["lengths.max_prompt_tokens=0"], "has to be 1 or more"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(
+    run: Run, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*overrides)
+
+
+def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"no number\n")
+    with pytest.raises(UserError, match="is damaged"):
+        SampleStore(tmp_path / "x")

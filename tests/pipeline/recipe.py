@@ -1,0 +1,71 @@
+"""A recipe of tiny commands; ``python -m tests.pipeline.recipe`` is a command line with both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import helpsteer2.commands.pipeline as pipeline_command
+from helpsteer2.__main__ import main
+from helpsteer2.commands import CONFIG_COMMANDS
+from helpsteer2.config.command import ConfigCommand
+from helpsteer2.config.compose import conf_dir
+from helpsteer2.pipeline.stages import Output, Stage, overrides_of
+from tests.pipeline import tiny
+
+COMMANDS = {
+    name: ConfigCommand(name, "for tests", f"tests.pipeline.tiny.{name}", name)
+    for name in tiny.KEYS
+}
+
+CONF = """
+_target_: tests.pipeline.recipe.Recipe
+data: ???
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model is learned, another from it, and that one is weighed."""
+
+    data: str
+    weights: dict[str, float] = field(default_factory=lambda: {"helpfulness": 1.0})
+    first: dict[str, Any] = field(default_factory=dict)
+    second: dict[str, Any] = field(default_factory=dict)
+    third: dict[str, Any] = field(default_factory=dict)
+
+    def stages(self, seed: int) -> Sequence[Stage]:
+        """Three stages, each from the one before."""
+        model = Output("second", "groups.jsonl")
+        return (
+            Stage("first", "learn", {**overrides_of(self.first), "data": self.data, "seed": seed}),
+            Stage(
+                "second", "learn", {**overrides_of(self.second), "data": Output("first", "export")}
+            ),
+            Stage(
+                "third",
+                "weigh",
+                {**overrides_of(self.third), "model": model, "weights": self.weights},
+            ),
+        )
+
+
+def write_conf(folder: Path) -> Path:
+    """Write the YAML files of the commands; their folder."""
+    conf = folder / "conf"
+    (conf / "pipeline").mkdir(parents=True)
+    for name, keys in tiny.KEYS.items():
+        (conf / f"{name}.yaml").write_text(tiny.ROOT + keys)
+    for name in ("pipeline.yaml", "hydra_settings.yaml"):
+        (conf / name).write_text((conf_dir() / name).read_text())
+    (conf / "pipeline" / "tiny.yaml").write_text(CONF)
+    return conf
+
+
+if __name__ == "__main__":
+    CONFIG_COMMANDS.update(COMMANDS)
+    pipeline_command.PROGRAM = tiny.PROGRAM
+    sys.exit(main())
