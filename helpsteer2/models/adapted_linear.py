@@ -1,12 +1,8 @@
-"""Frozen linear layers, with and without an adapter beside them, as one step of autograd.
+"""A frozen linear layer and the adapter beside it, as one step of autograd.
 
 peft's own layer makes the adapter's output, scales it, adds it to a copy of the layer's output, and
 has autograd add two gradients of the input: passes over T×H numbers that take longer than the
 adapter's products. Here the products add to what is there already.
-
-On the CPU oneDNN makes products with a frozen weight in fp32, which are most of the step. It takes
-less time than the BLAS that torch calls for them; for the gradient of a weight it takes more, so
-layers that train keep torch's way.
 """
 
 from __future__ import annotations
@@ -18,29 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x Wᵀ + bias`` of ``x (T, in)``, outside autograd."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return F.linear(x, weight, bias)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """``x Wᵀ + bias`` of ``x (T, in)``; the gradient of x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return _linear(grads[0], weight.t()), None, None
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -58,7 +31,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = x.dtype
         inner = x @ a.to(dtype).t()
-        output = _linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        output = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         output.addmm_(inner, b.to(dtype).t(), alpha=scaling)
         # The weights as they are: casts of all layers, kept until here, would be a second model.
         ctx.save_for_backward(x, inner, weight, a, b)
@@ -73,7 +46,7 @@ class _AdaptedLinear(torch.autograd.Function):
         inner_grad = (grad @ b.to(dtype)).mul_(ctx.scaling)
         x_grad = None
         if ctx.needs_input_grad[0]:  # the first layer's input is the frozen embedding
-            x_grad = _linear(grad, weight.to(dtype).t())
+            x_grad = grad @ weight.to(dtype)
             x_grad.addmm_(inner_grad, a.to(dtype))
         a_grad = inner_grad.t() @ x
         b_grad = (grad.t() @ inner).mul_(ctx.scaling)
@@ -92,19 +65,8 @@ def _forward(layer: Any, name: str, x: Tensor) -> Tensor:
     return output.view(*x.shape[:-1], -1)
 
 
-def _frozen_forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Stands for the forward of a frozen ``nn.Linear``; ``x (…, in)``."""
-    weight, kind = layer.weight, x.device.type
-    is_fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(kind)
-    if kind != "cpu" or not is_fp32 or weight.requires_grad:
-        return F.linear(x, weight, layer.bias)
-    rows = x.reshape(-1, x.shape[-1])
-    output: Tensor = _FrozenLinear.apply(rows, weight, layer.bias)
-    return output.view(*x.shape[:-1], -1)
-
-
 def speed_up(model: nn.Module, name: str) -> None:
-    """Give frozen layers and peft's layers the forwards above, where they are what theirs compute.
+    """Give peft's layers the forward above, where it is what theirs computes.
 
     Layers with dropout, of other kinds than ``nn.Linear``, or of a variant of LoRA keep their own.
 
@@ -112,7 +74,7 @@ def speed_up(model: nn.Module, name: str) -> None:
         model: Holds the layers.
         name: Of the one adapter.
     """
-    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora import Linear
 
     layers: list[Any] = [part for part in model.modules() if type(part) is Linear]
     for layer in layers:
@@ -123,8 +85,3 @@ def speed_up(model: nn.Module, name: str) -> None:
             and not layer.lora_variant
         ):
             layer.forward = partial(_forward, layer, name)
-    # Those inside peft's layers stay as they are: merging puts a copy of them into the model.
-    adapted = {id(part.base_layer) for part in model.modules() if isinstance(part, LoraLayer)}
-    for part in model.modules():
-        if type(part) is nn.Linear and not part.weight.requires_grad and id(part) not in adapted:
-            part.forward = partial(_frozen_forward, part)  # type: ignore[method-assign]
