@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from helpsteer2.models.loading import RewardFolder, open_reward
 from helpsteer2.models.policy import Policy
 from helpsteer2.models.policy_export import PolicySpec
 from helpsteer2.models.reward import RewardModel, RewardSpec
+from helpsteer2.models.spec import POLICY_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -218,7 +220,8 @@ class PolicyStart:
         """The chat format bound to the backbone's tokenizer; arguments as in ``RewardStart.chat``.
 
         Raises:
-            UserError: If there is no such tokenizer, or the template does not close its answers.
+            UserError: If there is no such tokenizer, the template does not close its answers, or
+                the policy to go on from was trained with another system prompt.
         """
         bound = chat.bind(backbone.tokenizer.build(texts, cache_dir))
         if not bound.closing_ids:
@@ -226,6 +229,15 @@ class PolicyStart:
                 f"chat template {bound.template_name!r} writes nothing behind an answer, so a "
                 "policy could not learn where to stop: choose another, such as plain"
             )
+        record = Path(backbone.path or "") / POLICY_FILE
+        if record.is_file():
+            trained = json.loads(record.read_text(encoding="utf-8")).get("system_prompt")
+            if bound.system_prompt != trained:
+                raise UserError(
+                    f"backbone.path={backbone.path} was trained with the system prompt "
+                    f"{trained!r}, and chat.system_prompt is {bound.system_prompt!r}: set it to "
+                    "the same"
+                )
         return bound
 
     def build(self, setup: ModelSetup) -> Policy:

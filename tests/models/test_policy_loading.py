@@ -25,6 +25,7 @@ from helpsteer2.models.backbone import Backbone
 from helpsteer2.models.lora import ADAPTER_WEIGHTS, Lora
 from helpsteer2.models.policy import Policy
 from helpsteer2.models.policy_export import PolicySpec
+from helpsteer2.models.start import PolicyStart
 
 from .adapters import wake
 from .packed_reference import SIZES, make_groups
@@ -244,3 +245,19 @@ def test_models_of_others_need_a_chat_template(base: Path) -> None:
     (base / "reward_model.json").write_text("{}")
     with pytest.raises(UserError, match="is a reward model"):
         Policy.from_pretrained(base)
+
+
+def test_going_on_with_another_system_prompt_is_refused(
+    make_trained: MakeTrained, tmp_path: Path
+) -> None:
+    _, folder = make_trained(chat=ChatFormat(system_prompt="Be brief."))
+    backbone = Backbone(PretrainedTokenizer(str(folder)), path=str(folder))
+
+    def bound(system_prompt: str | None) -> BoundChat:
+        chat = ChatFormat(system_prompt=system_prompt)
+        return PolicyStart().chat(chat, backbone, lambda: iter(()), str(tmp_path))
+
+    assert bound("Be brief.").system_prompt == "Be brief."
+    for other in (None, "Be kind."):
+        with pytest.raises(UserError, match=r"prompt 'Be brief\.', and chat\.system_prompt is"):
+            bound(other)
