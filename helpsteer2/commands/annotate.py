@@ -147,7 +147,8 @@ def _annotated(
         first = counts.responses
         counts.add(group)
         of_group = tuple(tuple(row) for row in scores[first : counts.responses].tolist())
-        yield replace(group, scores=of_group, score_names=names)
+        # Rewards that are there come from other scores.
+        yield replace(group, scores=of_group, score_names=names, rewards=None)
 
 
 def _score_all(

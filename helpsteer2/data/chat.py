@@ -376,20 +376,22 @@ def boundary_difference(chat: BoundChat, groups: Iterable[Group]) -> float:
 
     Returns:
         Share, 0 to 1, of the groups with a difference in any response; 0 if there is no group.
-
-    Raises:
-        UserError: As ``BoundChat.split_texts``.
+        Groups that the template cannot write as text are left out: of sampled ones only the ids
+        count.
     """
     differing = total = 0
     for group in groups:
+        try:
+            prompt = chat.prompt_ids(group.prompt)
+            differing += any(
+                chat.whole_ids(group.prompt, answer)
+                != prompt + chat.response_ids(group.prompt, answer)[0]
+                for answer in group.responses
+                if answer.strip()  # a sampled one may be empty
+            )
+        except UserError:
+            continue
         total += 1
-        prompt = chat.prompt_ids(group.prompt)
-        differing += any(
-            chat.whole_ids(group.prompt, answer)
-            != prompt + chat.response_ids(group.prompt, answer)[0]
-            for answer in group.responses
-            if answer.strip()  # a sampled one may be empty
-        )
     return differing / total if total else 0.0
 
 

@@ -138,7 +138,7 @@ class Pairing:
             counts.unknown += 1
             return
         best, worst = max(rewards, key=rewards.__getitem__), min(rewards, key=rewards.__getitem__)
-        gap = rewards[best] - rewards[worst]
+        gap = round(rewards[best] - rewards[worst], DECIMALS)
         if not self._counts_as_pair(gap, counts):
             return
         kept = sorted((best, worst))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from helpsteer2.data.groups import Group
-from helpsteer2.data.lengths import CutReport
+from helpsteer2.data.lengths import CutReport, LengthLimits
 from helpsteer2.data.planner import consecutive_bins
 from helpsteer2.data.tokenise import encode_group
 from helpsteer2.errors import UserError
@@ -106,7 +106,8 @@ class EvaluatedPolicy:
                 f"{self.path} has another tokenizer or chat template than the policy whose samples "
                 "it shall judge: their log-probabilities cannot be compared"
             )
-        cuts, limits = CutReport(), policy.spec.limits
+        # Nothing is cut: what the policy has sampled is judged whole.
+        cuts, limits = CutReport(), LengthLimits(2**31, 2**31)
         encoded = [
             encode_group(group, i, chat, limits, (), (), cuts, close_cut=False)
             for i, group in enumerate(sampled)

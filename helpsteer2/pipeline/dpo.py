@@ -72,7 +72,7 @@ class DPO:
             stages.append(Stage("sft", "train", {**overrides_of(self.sft), "seed": seed}))
         stages += self.evaluated("sft", start, seed)
         stages.append(Stage("pairs", "pairs", overrides_of(self.pairs)))
-        trained, policy = self.trained("", start, start, self.train, seed)
+        trained, policy = self.trained("", start, start, overrides_of(self.train), seed)
         return [*stages, *trained], start, policy
 
     def trained(
@@ -84,7 +84,7 @@ class DPO:
             suffix: Ends the names of the stages.
             start: The policy that training goes on from.
             reference: The policy that it is compared with.
-            train: Settings of ``train``.
+            train: Overrides of ``train``.
             seed: Seed of the training.
 
         Returns:
@@ -103,14 +103,14 @@ class DPO:
             **overrides_of(self.reference), **pairs, "model": reference, "splits": ["train"],
             "precision": self.precision,
         })  # fmt: skip
-        name, given = f"dpo{suffix}", overrides_of(train)
-        if "schedule.validate_every" in given:
+        name = f"dpo{suffix}"
+        if "schedule.validate_every" in train:
             raise ConfigError(
                 f"stage {name}: schedule.validate_every: the pairs are one split, there is nothing "
                 "to validate on; pipeline.select chooses a checkpoint"
             )
         training = Stage(name, "train", {
-            "backbone": "local", **given, **pairs,
+            "backbone": "local", **train, **pairs,
             "backbone.path": start, "reference": Output(logprobs.name, "reference"),
             "trainer.precision": self.precision, "++schedule.validate_every": None,
             "optimized_metric": None, "seed": seed,

@@ -20,7 +20,10 @@ NO_EFFECT = (
 )  # fmt: skip
 """Keys that decide where and how fast a stage runs, not what comes out (but for rounding)."""
 
-_PATH_KEYS = {"path", "init_from", "model", "weak", "strong", "reference", "candidates", "file"}
+_PATH_KEYS = {
+    "path", "init_from", "model", "base", "weak", "strong", "reference", "baseline", "candidates",
+    "file",
+}  # fmt: skip
 """Last parts of keys whose value may be a path, even one without a slash."""
 
 CONTENT = "content "

@@ -30,7 +30,8 @@ class IterativeDPO(DPO):
         sample: Settings of ``sample``: which prompts, and how to draw.
         annotate: Settings of ``annotate``.
         scored_pairs: Settings of ``pairs`` in the iterations.
-        train_again: Settings of ``train`` in the iterations; None for those of the first DPO.
+        train_again: Settings of ``train`` in the iterations, where they differ from those of the
+            first DPO.
 
     Source: arXiv 2406.08673, section 4.3. It does not state the reference of its iteration.
     """
@@ -43,7 +44,7 @@ class IterativeDPO(DPO):
     sample: dict[str, Any] = field(default_factory=dict)
     annotate: dict[str, Any] = field(default_factory=dict)
     scored_pairs: dict[str, Any] = field(default_factory=dict)
-    train_again: dict[str, Any] | None = None
+    train_again: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,8 +70,8 @@ class IterativeDPO(DPO):
             suffix = f"_{number}"
             stages += self._scored_pairs(suffix, policy, scorer, 1000 * seed + number)
             reference = initial if self.reference_policy == "initial" else policy
-            settings = self.train if self.train_again is None else self.train_again
-            trained, policy = self.trained(suffix, policy, reference, settings, seed)
+            train = {**overrides_of(self.train), **overrides_of(self.train_again)}
+            trained, policy = self.trained(suffix, policy, reference, train, seed)
             stages += trained
         return stages
 

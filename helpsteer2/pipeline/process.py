@@ -95,7 +95,7 @@ class StageProcess:
         finally:
             self._starting = False
         if self.received is not None:
-            self._child.send_signal(self.received)
+            self._child.send_signal(_as_known(self.received))
 
     def _wait(self) -> int:
         assert self._child is not None
@@ -125,9 +125,14 @@ class StageProcess:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         if self._child is not None:
-            self._child.send_signal(number)
+            self._child.send_signal(_as_known(number))
         elif not self._starting:
             raise SystemExit(128 + number)
+
+
+def _as_known(number: int) -> int:
+    """The signal that asks a command to stop as this one does: hang-ups are not known to it."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def _chunks(terminal: int) -> Iterator[bytes]:

@@ -102,10 +102,13 @@ class Status:
         kind: ``done``; ``run``; ``unneeded``, as everything that reads it is done; or ``edited``:
             its outputs are no longer what it made.
         why: In a few words.
+        is_stale: Whether it is of other inputs than there are now, so that what was made of it is
+            as well.
     """
 
     kind: Literal["done", "run", "unneeded", "edited"]
     why: str
+    is_stale: bool = False
 
 
 def status_of(stage: PlannedStage, contents: Contents) -> Status:
@@ -123,7 +126,8 @@ def status_of(stage: PlannedStage, contents: Contents) -> Status:
         return Status("run", _why_never(stage))
     changed = changed_reads(stage, record)
     if changed:
-        return Status("run", f"{', '.join(changed)} was made again and is not the same")
+        why = f"{', '.join(changed)} was made again and is not the same"
+        return Status("run", why, is_stale=True)
     if record.state == "failed":
         return Status("run", "failed last time")
     if record.state == "running":
@@ -170,7 +174,8 @@ def needed(stages: list[PlannedStage], statuses: Mapping[str, Status]) -> dict[s
     for stage in reversed(stages):
         readers = [other for other in stages if any(e.name == stage.name for e, _ in other.reads)]
         is_read = any(result[reader.name].kind == "run" for reader in readers)
-        if readers and not is_read and result[stage.name].kind == "run":
+        status = result[stage.name]
+        if readers and not is_read and status.kind == "run" and not status.is_stale:
             result[stage.name] = Status("unneeded", "all that reads it is done")
     return result
 

@@ -145,21 +145,23 @@ def test_an_edited_output_is_named(place: Place) -> None:
     assert sorted(names) == ["first", "second", "second", "third", "third"]
 
 
+@pytest.mark.parametrize("name", ["second", "third"])
 def test_a_stage_of_other_inputs_is_set_aside(
-    place: Place, capsys: pytest.CaptureFixture[str]
+    name: str, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Also one whose readers are done: they are of the old inputs too.
     place.run()
-    third = place.stage("third")
-    record = third / "stage.json"
+    stage = place.stage(name)
+    record = stage / "stage.json"
     content = json.loads(record.read_text())
-    content["reads"] = dict.fromkeys(content["reads"], "of an earlier run of the second stage")
+    content["reads"] = dict.fromkeys(content["reads"], "of an earlier run of the stage before")
     record.write_text(json.dumps(content))
     place.run()
     assert "was made again and is not the same" in capsys.readouterr().out
-    assert (third.with_name(f"{third.name}.old1") / "groups.jsonl").exists()
-    assert place.starts()[third.name] == 2
+    assert (stage.with_name(f"{stage.name}.old1") / "groups.jsonl").exists()
+    assert place.starts()[stage.name] == 2
     place.run()
-    assert place.starts()[third.name] == 2
+    assert place.starts()[stage.name] == 2
 
 
 def test_deleted_intermediate_stages_are_not_made_again(place: Place) -> None:
