@@ -72,6 +72,7 @@ def sample(
             "max_prompts": max_prompts,
             "max_prompt_tokens": lengths.max_prompt_tokens,
             "sampling": sampling,
+            "engine": engine.identity,
         }
         _check_settings(folder, settings)
         partial = folder.path / f"{GROUPS_FILE}.partial"

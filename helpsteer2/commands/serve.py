@@ -66,7 +66,9 @@ def main(argv: list[str]) -> int:
     from helpsteer2.rewards.worker import ScoringWorker
 
     limits = ServerLimits(max_waiting=options.max_waiting)
-    requests = RequestLimits(options.max_body_bytes, options.max_rows, options.max_characters)
+    requests = RequestLimits(
+        options.max_body_bytes, options.max_rows, options.max_characters, options.max_messages
+    )
     _allow_connections(limits.max_connections)
     with _listen(options.host, options.port) as listener:
         url = _url(listener)
@@ -118,13 +120,15 @@ def _options(argv: list[str]) -> argparse.Namespace:
         ("--max-waiting", 256, "requests that wait; one more is answered by 503"),
         ("--max-body-bytes", default.max_body_bytes, "bytes of one request"),
         ("--max-rows", default.max_rows, "responses in one request"),
+        ("--max-messages", default.max_messages, "messages of all prompts in one request"),
         ("--max-characters", default.max_characters, "characters of one text"),
     ):
         parser.add_argument(
             flag, type=int, default=value, metavar="N", help=f"{what} (default: %(default)s)"
         )
     options = parser.parse_args(argv)
-    for name in ("batch_tokens", "max_waiting", "max_body_bytes", "max_rows", "max_characters"):
+    limited = ("max_waiting", "max_body_bytes", "max_rows", "max_messages", "max_characters")
+    for name in ("batch_tokens", *limited):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
     if not 0 <= options.port < 1 << 16:

@@ -67,6 +67,15 @@ class LocalEngine:
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """Device and block, on which the last bits of log-probs depend."""
+        return {
+            "kind": "local",
+            "device": self.device,
+            "prompts_per_block": self.prompts_per_block,
+        }
+
     def open(
         self,
         model: str,

@@ -69,6 +69,11 @@ class OpenAIEngine:
                 f"it, got {self.concurrency}, {self.timeout} and {self.deadline}"
             )
 
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """Kind of server, and the model's name there; it may move to another address."""
+        return {"kind": "openai", "server": self.server, "served_model": self.served_model}
+
     def open(
         self,
         model: str,

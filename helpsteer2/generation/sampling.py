@@ -125,6 +125,11 @@ class Sampler(Protocol):
 class Engine(Protocol):
     """What samples, as configured: ``engine`` of ``helpsteer2 sample``."""
 
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What of it the samples depend on, beyond speed: two halves of a run have to agree."""
+        ...
+
     def open(
         self,
         model: str,

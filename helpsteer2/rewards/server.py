@@ -114,7 +114,8 @@ class RewardService:
         body = bytearray()
         try:
             await self._read(request, body)
-            groups = parse_request(bytes(body), self._request_limits)
+            # Beside the event loop, which has to answer others meanwhile.
+            groups = await asyncio.to_thread(parse_request, bytes(body), self._request_limits)
             scores = await asyncio.wrap_future(self._worker.submit(groups))
         except QueueFull:
             raise Refusal(503, "too many requests wait: try again") from None

@@ -56,11 +56,13 @@ class RequestLimits:
         max_body_bytes: Bytes of its body.
         max_rows: Responses of all its groups.
         max_characters: Characters of one message or response.
+        max_messages: Messages of all its prompts; to cut a prompt takes a rendering a message.
     """
 
     max_body_bytes: int = 8 << 20
     max_rows: int = 1024
     max_characters: int = 1_000_000
+    max_messages: int = 1024
 
 
 class Refusal(Exception):
@@ -97,18 +99,30 @@ def parse_request(body: bytes, limits: RequestLimits) -> list[Group]:
         raise Refusal(400, f"the body is not valid UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is not valid JSON: {str(error)[:120]}") from error
+    _check_size(content, limits)
     check = _Check()
     groups = check.groups(content)
     if check.problems:
         raise Refusal(422, "the body is not what /score takes", check.problems)
-    rows = sum(len(group.responses) for group in groups)
-    if rows > limits.max_rows:
-        raise Refusal(413, f"{rows:,} responses in one request, at most {limits.max_rows:,}")
     longest = max(len(text) for group in groups for text in _texts(group))
     if longest > limits.max_characters:
         limit = f"at most {limits.max_characters:,}"
         raise Refusal(413, f"a text of {longest:,} characters in the request, {limit}")
     return groups
+
+
+def _check_size(content: Any, limits: RequestLimits) -> None:
+    """Refuse too many responses or messages before anything is made of them."""
+    groups = content.get("groups") if isinstance(content, dict) else None
+    rows = [row for row in groups if isinstance(row, dict)] if isinstance(groups, list) else []
+    kinds = (
+        ("responses", "responses", limits.max_rows),
+        ("prompt", "messages", limits.max_messages),
+    )
+    for key, name, most in kinds:
+        count = sum(len(row[key]) for row in rows if isinstance(row.get(key), list))
+        if count > most:
+            raise Refusal(413, f"{count:,} {name} in one request, at most {most:,}")
 
 
 def _texts(group: Group) -> Iterator[str]:

@@ -122,6 +122,9 @@ def test_a_million_problems_are_a_few() -> None:
 
 def test_too_much_in_one_request() -> None:
     assert refused(json.loads(request_body([group("Hi", *"abcdef")]))).status == 413
+    # Long conversations are counted before anything is made of them, whatever they hold.
+    many = {"groups": [{"prompt": [None] * 1025, "responses": ["a"]}]}
+    assert refused(many).message == "1,025 messages in one request, at most 1,024"
     refusal = refused(json.loads(request_body([group("Hi", "a" * 51)])))
     assert (refusal.status, refusal.message) == (
         413, "a text of 51 characters in the request, at most 50",
