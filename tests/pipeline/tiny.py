@@ -7,6 +7,7 @@ settings and on what it reads alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -86,10 +87,13 @@ def weigh(
 def _started(run_dir: str) -> Path:
     """The stage's folder; nobody else may be at work in it."""
     folder = Path(run_dir)
-    other = folder / "process"
-    if other.exists() and Path(f"/proc/{other.read_text()}").exists():
+    # Open, and so locked, as long as this process lives. Its number would tell less: that of a
+    # killed orphan stays in /proc until init has asked for it, for two seconds on some machines.
+    lock = os.open(folder / "process", os.O_CREAT | os.O_WRONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         sys.exit(f"two processes at once in {folder}")
-    other.write_text(str(os.getpid()))
     with open(os.environ[STARTS], "a", encoding="utf-8") as file:
         file.write(f"{folder.name}\n")
     return folder
@@ -111,8 +115,6 @@ def run(arguments: Sequence[str]) -> None:
     pairs = (text.lstrip("+").split("=", 1) for text in arguments[1:] if text[:2] != "--")
     given = {key: yaml.safe_load(value) for key, value in pairs}
     globals()[arguments[0]](**given)
-    # Its number may soon be that of another process.
-    (Path(given["run_dir"]) / "process").unlink()
 
 
 if __name__ == "__main__":
