@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -144,12 +143,12 @@ class LocalSampler:
         """Sample n responses of each prompt; see ``Sampler``.
 
         Raises:
-            UserError: If a prompt cannot be rendered, a limit is too small for it, or the model
-                gives no numbers.
+            UserError: If a prompt cannot be rendered or a limit is too small for it, before any is
+                sampled; or the model gives no numbers.
         """
-        requests = self._requests(prompts, params)
-        while block := list(islice(requests, self.prompts_per_block)):
-            yield from self._sample_block(block, params)
+        requests = [self._request(group, params) for group in prompts]
+        for first in range(0, len(requests), self.prompts_per_block):
+            yield from self._sample_block(requests[first : first + self.prompts_per_block], params)
 
     def _sample_block(
         self, block: list[Request], params: SamplingParams
@@ -169,13 +168,18 @@ class LocalSampler:
                 yield from self._completed(self._step(cohorts, truncation), params.n)
                 cohorts = [cohort for cohort in cohorts if cohort.is_live]
 
-    def _requests(self, prompts: Iterable[Group], params: SamplingParams) -> Iterator[Request]:
-        for group in prompts:
-            ids = np.asarray(self.chat.prompt_ids(group.prompt), np.int32)
-            if len(ids) < 2:
-                raise UserError(f"prompt {group.id}: the chat template makes {len(ids)} tokens")
-            check_span(self._config, len(ids) + params.max_tokens)
-            yield Request(group, ids)
+    def _request(self, group: Group, params: SamplingParams) -> Request:
+        ids = np.asarray(self.chat.prompt_ids(group.prompt), np.int32)
+        if len(ids) < 2:
+            raise UserError(f"prompt {group.id}: the chat template makes {len(ids)} tokens")
+        check_span(self._config, len(ids) + params.max_tokens)
+        room, needed = self.engine.cache_tokens, len(ids) + params.n * params.max_tokens
+        if needed > room:
+            raise UserError(
+                f"engine.cache_tokens={room} is too small: prompt {group.id} with n={params.n} "
+                f"responses of up to {params.max_tokens} tokens takes {needed}"
+            )
+        return Request(group, ids)
 
     def _cache(self, requests: list[Request], params: SamplingParams) -> CohortCache:
         lengths = [len(request.prompt_ids) for request in requests]
@@ -291,9 +295,6 @@ class _Waiting:
 
         Yields:
             The prompts of one cohort each.
-
-        Raises:
-            UserError: If a prompt with its samples is beyond the cache even when it is alone.
         """
         n, engine = self._params.n, self._engine
         most_rows = max(engine.max_rows, n)
@@ -301,25 +302,17 @@ class _Waiting:
         free_tokens = engine.cache_tokens - sum(cache.reserved_tokens for cache in running)
         if running and 4 * free_rows < most_rows:
             return
-        alone = not running
         while free_rows >= n and self.requests:
             # From the end: the longest first, which decides what every prompt of the cohort takes.
             longest = len(self.requests[-1].prompt_ids)
             each = longest + n * self._params.max_tokens
             room = min(free_rows // n, free_tokens // each)
-            if room < 1 and alone:
-                raise UserError(
-                    f"engine.cache_tokens={engine.cache_tokens} is too small: prompt "
-                    f"{self.requests[-1].group.id} with n={n} responses of up to "
-                    f"{self._params.max_tokens} tokens takes {each}"
-                )
             if room < 1:
                 return
             begun = self._taken(room, longest)
             yield begun
             free_rows -= n * len(begun)
             free_tokens -= each * len(begun)
-            alone = False
 
     def _taken(self, room: int, longest: int) -> list[Request]:
         """The longest prompts there are, as long as they are of like length."""

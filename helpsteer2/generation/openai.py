@@ -317,7 +317,8 @@ class _Run:
         if choice.ids is None:
             self.counts.reencoded += 1
             ids = self._encode_again(prompt, choice.text)
-            ids = (*ids, self.end_of_turn) if reason == "stop" else ids
+            # Cut before it had any text, it held control tokens alone: which ones, nobody knows.
+            ids = (*ids, self.end_of_turn) if reason == "stop" or not ids else ids
             return Sample(ids, choice.text, reason, None)
         ids, logprobs = choice.ids, choice.logprobs
         if self.params.temperature != 1 and not self.kind.raw_logprobs:

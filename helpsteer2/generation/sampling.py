@@ -113,7 +113,7 @@ class Sampler(Protocol):
         the position of its token alone, so what runs beside it changes nothing.
 
         Args:
-            prompts: Groups, read lazily; their responses are not looked at.
+            prompts: Groups; their responses are not looked at.
             params: How to draw.
 
         Yields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -106,19 +106,6 @@ def test_a_prompt_is_computed_once_for_its_samples(tokenizer: PreTrainedTokenize
     assert len(list(sampler.sample(prompts, SamplingParams(n=10, max_tokens=3)))) == 9
     lengths = [len(policy.spec.chat.prompt_ids(group.prompt)) for group in prompts]
     assert sampler.prefilled_tokens == sum(lengths)
-
-
-def test_prompts_are_read_as_they_are_needed(tokenizer: PreTrainedTokenizerFast) -> None:
-    policy, read = make_policy(tokenizer), []
-
-    def prompts() -> Iterator[Group]:
-        for group in make_prompts(12):
-            read.append(group.id)
-            yield group
-
-    sampler = LocalSampler(policy, LocalEngine(prompts_per_block=4))
-    next(sampler.sample(prompts(), SamplingParams(max_tokens=3)))
-    assert len(read) == 4
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,16 @@ def test_texts_beyond_learned_positions(tokenizer: PreTrainedTokenizerFast) -> N
         run(policy, max_tokens=60)
 
 
+def test_a_late_prompt_that_is_too_long_is_told_before_any_is_sampled(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    long = Group("long", "made up", ({"role": "user", "content": "why " * 80},), ())
+    sampler = LocalSampler(make_policy(tokenizer), LocalEngine(cache_tokens=100))
+    samples = sampler.sample([*make_prompts(80), long], SamplingParams(max_tokens=4))
+    with pytest.raises(UserError, match="prompt long with n=1"):
+        next(samples)
+
+
 def test_weights_that_are_no_numbers(tokenizer: PreTrainedTokenizerFast) -> None:
     policy = make_policy(tokenizer)
     with torch.no_grad():

@@ -132,6 +132,14 @@ def test_a_response_that_the_limit_cut_has_no_stop_token(policy: Policy) -> None
         assert openai_helpers.STOP not in sample.ids
 
 
+def test_a_cut_response_without_text_still_has_ids(policy: Policy) -> None:
+    choice = {"index": 0, "text": "", "finish_reason": "length"}
+    reply: Reply = (200, {}, json.dumps({"choices": [choice]}).encode())
+    with serving(lambda count, body: reply) as server:
+        samples = sampled(engine(server, server="openai"), policy, GROUPS[:1], n=1)
+    assert samples == {"g0": [Sample((openai_helpers.STOP,), "", "length", None)]}
+
+
 def test_other_stop_tokens_end_a_response_and_are_no_text(policy: Policy) -> None:
     stops = tuple(range(40, 60))
     with serving() as server:
