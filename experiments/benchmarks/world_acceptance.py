@@ -56,7 +56,7 @@ RESULT = Path(__file__).parent / "results" / "world_acceptance.json"
 WEIGHTS = AttributeWeights(
     "helpsteer2_rlhf", {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 )
-PAIRS = 38_400
+PAIRS = 76_800
 """Pairs that a reward model is trained on, as experiment=reward/world has them."""
 SAMPLES = 10
 POLICY_DATA = 1001
