@@ -296,9 +296,10 @@ def _requests(
 
 
 def _cut(groups: list[Group], limits: RequestLimits) -> Iterator[_Request]:
-    """One request, or several if its body would be too long."""
-    body = request_body(groups)
-    if len(body) > limits.max_body_bytes and len(groups) > 1:
+    """One request, or several if it would hold more than the server takes."""
+    body, n_messages = request_body(groups), sum(len(group.prompt) for group in groups)
+    too_much = len(body) > limits.max_body_bytes or n_messages > limits.max_messages
+    if too_much and len(groups) > 1:
         middle = len(groups) // 2
         yield from _cut(groups[:middle], limits)
         yield from _cut(groups[middle:], limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import torch
 
 from helpsteer2.data.groups import Group
 from helpsteer2.data.lengths import CutReport
-from helpsteer2.data.packing import pack
+from helpsteer2.data.packing import PackedBatch, pack
 from helpsteer2.data.tokenise import encode_group
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import UserError
@@ -39,7 +40,8 @@ class RewardScorer:
     Args:
         model: The reward model, on its device and in eval mode.
         chat: Its chat format.
-        tokens_per_microbatch: Tokens of one forward pass; a longer group gets a pass of its own.
+        tokens_per_microbatch: Tokens of one forward pass. A longer group gets passes of its own,
+            each the prompt with some of its responses; at least one, however long.
 
     Attributes:
         attribute_names: Names of the A scores.
@@ -149,20 +151,27 @@ class RewardScorer:
             yield from self._forward(waiting)
 
     def _forward(self, waiting: _Pass) -> Iterator[Scores]:
-        """Score one micro-batch."""
+        """Score one micro-batch, in several passes if a single group is longer than one."""
         groups, rows = waiting.distinct()
-        batch = pack(groups)
+        passes = [groups]
+        if len(groups) == 1:
+            passes = [[part] for part in _parts(groups[0], self.tokens_per_microbatch)]
+        scores = np.concatenate([self._pass_scores(pack(groups)) for groups in passes])
+        for of_group in rows:
+            yield scores[of_group]
+
+    def _pass_scores(self, batch: PackedBatch) -> Scores:
+        """Scores ``(R, A)`` of one forward pass."""
         device = self.model.head.weight.device
         try:
             with torch.inference_mode():
-                scores = self.model(batch.to(device)).cpu().numpy()
+                scores: Scores = self.model(batch.to(device)).cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory with {batch.layout.n_tokens} tokens in one pass (budget "
                 f"{self.tokens_per_microbatch}): lower tokens_per_microbatch"
             ) from error
-        for of_group in rows:
-            yield scores[of_group]
+        return scores
 
 
 class _Pass:
@@ -216,3 +225,18 @@ class _Pass:
 
 def _as_bytes(group: TokenGroup) -> tuple[bytes, list[bytes]]:
     return group.prompt_ids.tobytes(), [ids.tobytes() for ids in group.response_ids]
+
+
+def _parts(group: TokenGroup, budget: int) -> Iterator[TokenGroup]:
+    """The prompt of a group with as many of its responses as fit into a pass, and so on."""
+    first, n_tokens = 0, len(group.prompt_ids)
+    for i, ids in enumerate(group.response_ids):
+        if i > first and n_tokens + len(ids) > budget:
+            yield _part(group, slice(first, i))
+            first, n_tokens = i, len(group.prompt_ids)
+        n_tokens += len(ids)
+    yield _part(group, slice(first, None))
+
+
+def _part(group: TokenGroup, rows: slice) -> TokenGroup:
+    return replace(group, response_ids=group.response_ids[rows], attributes=group.attributes[rows])

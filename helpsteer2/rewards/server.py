@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,10 +45,12 @@ class ServerLimits:
 
     Args:
         max_waiting: Requests that wait for the model; one more is answered by 503.
-        max_pending_bytes: Bodies of all requests being read, waiting or scored.
+        max_pending_bytes: Bodies of all requests being read, waiting or scored. Of more, those that
+            have been arriving for the longest are answered by 503.
         max_connections: Open connections; one more is closed at once.
         head_seconds: Time for the headers of a request to arrive.
         body_seconds: Time for its body.
+        answer_seconds: Time for its answer to leave this process; then the connection is closed.
         idle_seconds: Time that a connection may stay open between requests.
         shutdown_seconds: Time that requests in flight have to end once the server is stopped.
     """
@@ -57,6 +60,7 @@ class ServerLimits:
     max_connections: int = 4096
     head_seconds: float = 10.0
     body_seconds: float = 30.0
+    answer_seconds: float = 30.0
     idle_seconds: float = 60.0
     shutdown_seconds: float = 60.0
 
@@ -83,6 +87,7 @@ class RewardService:
         self._request_limits = request_limits
         self._limits = limits
         self._pending_bytes = 0
+        self._reading: dict[asyncio.Task[int], bytearray] = {}  # from the oldest to the newest
 
     async def health(self) -> dict[str, str]:
         """Whether the process answers."""
@@ -116,7 +121,7 @@ class RewardService:
             await self._read(request, body)
             # Beside the event loop, which has to answer others meanwhile.
             groups = await asyncio.to_thread(parse_request, bytes(body), self._request_limits)
-            scores = await asyncio.wrap_future(self._worker.submit(groups))
+            scores = await _unless_gone(request, self._worker.submit(groups))
         except QueueFull:
             raise Refusal(503, "too many requests wait: try again") from None
         except Unscorable as error:
@@ -139,13 +144,18 @@ class RewardService:
         A client that is answered while it still sends may never see the answer.
         """
         limit = self._request_limits.max_body_bytes
+        reading = asyncio.ensure_future(self._read_all(request, body, limit))
+        self._reading[reading] = body
         try:
-            size = await asyncio.wait_for(
-                self._read_all(request, body, limit), self._limits.body_seconds
-            )
-        except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
-            raise Refusal(408, "the body did not arrive in time") from None
-        if size > limit:
+            await asyncio.wait({reading}, timeout=self._limits.body_seconds)
+        finally:
+            self._reading.pop(reading, None)
+            reading.cancel()
+        if not reading.done():
+            raise Refusal(408, "the body did not arrive in time")
+        if reading.cancelled():
+            raise Refusal(503, "too many bytes wait: try again")
+        if (size := reading.result()) > limit:
             raise Refusal(413, f"a body of {size:,} bytes, at most {limit:,}")
 
     async def _read_all(self, request: Request, body: bytearray, limit: int) -> int:
@@ -153,14 +163,29 @@ class RewardService:
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
-                self._pending_bytes -= len(body)
-                body.clear()
+                self._drop(body)
                 continue
             body += chunk
             self._pending_bytes += len(chunk)
-            if self._pending_bytes > self._limits.max_pending_bytes:
-                raise Refusal(503, "too many bytes wait: try again")
+            self._make_room()
         return size
+
+    def _make_room(self) -> None:
+        """Put out bodies until all that is left fits.
+
+        Whoever has been sending for the longest goes first. So slow clients make room for others,
+        however many they are, and a body that arrives at once is refused only if those that wait
+        for the model leave no room.
+        """
+        while self._pending_bytes > self._limits.max_pending_bytes and self._reading:
+            reading = next(iter(self._reading))
+            body = self._reading.pop(reading)
+            if reading.cancel():  # or else it has just arrived whole
+                self._drop(body)
+
+    def _drop(self, body: bytearray) -> None:
+        self._pending_bytes -= len(body)
+        body.clear()
 
     def _answer(self, scorer: RewardScorer, scores: Sequence[Scores]) -> dict[str, Any]:
         if not all(np.isfinite(of_group).all() for of_group in scores):
@@ -175,6 +200,22 @@ class RewardService:
         if weights is not None:
             answer["rewards"] = [weights.reward(of_group, names).tolist() for of_group in scores]
         return answer
+
+
+async def _unless_gone(request: Request, future: Future[list[Scores]]) -> list[Scores]:
+    """Wait for scores as long as the client does; what nobody waits for leaves the queue."""
+    answer = asyncio.wrap_future(future)
+    # The body is read whole, so what comes next is that the client goes away.
+    gone = asyncio.ensure_future(request.receive())
+    either: set[asyncio.Future[Any]] = {answer, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()
 
 
 def application(service: RewardService) -> FastAPI:
@@ -224,6 +265,7 @@ def server(app: FastAPI, limits: ServerLimits) -> uvicorn.Server:
 
     class Protocol(_ImpatientProtocol):
         head_seconds = limits.head_seconds
+        answer_seconds = limits.answer_seconds
         max_connections = limits.max_connections
 
     config = uvicorn.Config(
@@ -244,17 +286,22 @@ def server(app: FastAPI, limits: ServerLimits) -> uvicorn.Server:
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Closes connections that are too many, or whose headers do not arrive in time.
+    """Closes connections that are too many, that send no headers or that take no answer in time.
 
-    uvicorn itself waits for headers without end.
+    uvicorn itself waits for each without end. A client that does not read has nothing but its
+    connection: the model is done with its request, and an answer is short.
     """
 
     head_seconds: float
+    answer_seconds: float
     max_connections: int
     _deadline: asyncio.TimerHandle | None = None
+    _answer_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Whatever the socket does not take at once pauses writing, and starts the clock.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self.max_connections:
             transport.abort()
         else:
@@ -267,11 +314,25 @@ class _ImpatientProtocol(H11Protocol):
         elif self._deadline is None and not self.transport.is_closing():
             self._deadline = self.loop.call_later(self.head_seconds, self.transport.abort)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._answer_deadline = self.loop.call_later(self.answer_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_answer_clock()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
+        self._stop_answer_clock()
         super().connection_lost(exc)
 
     def _stop_clock(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _stop_answer_clock(self) -> None:
+        if self._answer_deadline is not None:
+            self._answer_deadline.cancel()
+            self._answer_deadline = None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from helpsteer2.data.groups import Group
@@ -26,7 +27,7 @@ class Unscorable(UserError):
     """A group that the chat template or the limits refuse."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     """Groups that somebody waits for the scores of."""
 
@@ -87,7 +88,7 @@ class ScoringWorker:
 
         Returns:
             Will hold the ``(n, A)`` scores of each group, or ``Unscorable`` for one of them, or
-            whatever else went wrong.
+            whatever else went wrong. Cancelled before its turn, it leaves the queue.
 
         Raises:
             QueueFull: If too many requests wait.
@@ -97,7 +98,13 @@ class ScoringWorker:
             self._waiting.put_nowait(request)
         except queue.Full:
             raise QueueFull from None
+        request.answer.add_done_callback(lambda _: self._forget(request))
         return request.answer
+
+    def _forget(self, request: _Request) -> None:
+        """Give the place of a request that was cancelled to another."""
+        with self._waiting.mutex, suppress(ValueError):  # it had its turn
+            self._waiting.queue.remove(request)
 
     def close(self, seconds: float) -> None:
         """End the thread after the pass it is in.

@@ -33,6 +33,11 @@ def error(status: int, message: str, **headers: str) -> Reply:
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, body
 
 
+def first(n: int, reply: Reply) -> Misbehave:
+    """The same answer to the first n requests, then samples."""
+    return lambda count, body: reply if count <= n else None
+
+
 def drawn(seed: int, stops: tuple[int, ...] = ()) -> list[int]:
     """What the server samples for a seed: letters, then a stop token."""
     draw = random.Random(seed)

@@ -23,7 +23,7 @@ from helpsteer2.generation.openai_threads import in_threads
 from helpsteer2.generation.sampling import Sample, SamplingParams
 
 from . import openai_helpers
-from .openai_helpers import CompletionServer, Misbehave, Reply, drawn, error, make_policy, serving
+from .openai_helpers import CompletionServer, Reply, drawn, error, first, make_policy, serving
 
 PARAMS = SamplingParams(n=3, max_tokens=20, seed=5)
 GROUPS = [
@@ -71,13 +71,6 @@ def sample_into(
     chosen = SamplingParams(**{**vars(PARAMS), **params})
     for group, samples in OpenAISampler(engine, "policy", *policy).sample(groups, chosen):
         found[group.id] = samples
-
-
-def first(n: int, reply: Reply) -> Misbehave:
-    return lambda count, body: reply if count <= n else None
-
-
-# What a server that behaves gives.
 
 
 def test_ids_and_logprobs_are_those_that_the_server_gives(policy: Policy) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.rewards.scorer import RewardScorer, Scores
 from helpsteer2.rewards.server import RewardService, ServerLimits, application, server
-from helpsteer2.rewards.wire import RequestLimits
+from helpsteer2.rewards.wire import RequestLimits, request_body
 from helpsteer2.rewards.worker import ScoringWorker
+from tests.rewards.tiny import group
+
+JSON = {"Content-Type": "application/json"}
+BODY = request_body([group("Hi", "Hello")])
 
 
 class HeldScorer(RewardScorer):
@@ -74,3 +82,23 @@ def serving(
         thread.join(30)
         worker.close(30)
         assert not thread.is_alive()
+
+
+def ask(
+    port: int, path: str = "/score", body: bytes | None = BODY, method: str = "POST", **headers: str
+) -> tuple[int, Any, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, {**JSON, **headers})
+        response = connection.getresponse()
+        content = response.read()
+        return response.status, json.loads(content), response.headers
+    finally:
+        connection.close()
+
+
+def wait_until_loaded(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while ask(port, "/ready", None, "GET")[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -51,7 +51,8 @@ def test_scores_over_http_are_those_in_process(folder: Path, concurrency: int, r
 
     groups = some_groups(40)
     scorer = RewardScorer.from_pretrained(folder)
-    with serving(folder, requests=RequestLimits(max_rows=20, max_body_bytes=2_000)) as running:
+    limits = RequestLimits(max_rows=20, max_body_bytes=2_000, max_messages=2)
+    with serving(folder, requests=limits) as running:
         client = RewardClient(running.url + "/", concurrency=concurrency, rows_per_request=rows)
         assert client.attribute_names == scorer.attribute_names
         assert client.model_hash == scorer.model_hash

@@ -110,6 +110,29 @@ def test_each_prompt_and_each_of_its_responses_is_computed_once(
     assert abs(first[0] - second[0]).max() > 1e-3  # the same response to another prompt
 
 
+def test_a_group_longer_than_a_pass_is_scored_in_several(
+    counting: tuple[RewardScorer, list[int]], folder: Path
+) -> None:
+    scorer, tokens = counting
+    answers = [f"{'Answer ' * (i % 4)}{i}" for i in range(20)]
+    groups = [GROUPS[0], group("To be?", *answers, *answers[::-1]), group("To be?", answers[3])]
+    encoded = [scorer.encode(one) for one in groups]
+    prompt, responses = encoded[1].prompt_ids, encoded[1].response_ids[:20]
+    longest = len(prompt) + max(map(len, responses))
+    whole = list(RewardScorer.from_pretrained(folder).score_encoded(encoded))
+    for budget in (1, longest, longest + 25):
+        scorer.tokens_per_microbatch = budget
+        tokens.clear()
+        for scores, wanted in zip(scorer.score_encoded(encoded), whole, strict=True):
+            np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
+            if len(scores) == 40:  # what is equal is equal to the last bit
+                np.testing.assert_array_equal(scores[:20], scores[20:][::-1])
+        assert max(tokens) <= max(budget, longest)
+        if budget == 1:  # each response alone, and alone longer than the budget
+            lengths = [len(prompt) + len(ids) for ids in responses]
+            assert [count for count in tokens if count in lengths][-21:-1] == lengths
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +20,8 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from helpsteer2.rewards.scorer import RewardScorer
 from helpsteer2.rewards.server import ServerLimits
 from helpsteer2.rewards.wire import RequestLimits, request_body
-from tests.rewards.serving import HeldScorer, Running, serving
+from tests.rewards.serving import BODY, JSON, HeldScorer, Running, ask, serving, wait_until_loaded
 from tests.rewards.tiny import WEIGHTS, group, some_groups, tiny_reward_model
-
-JSON = {"Content-Type": "application/json"}
-BODY = request_body([group("Hi", "Hello")])
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +34,6 @@ def running(folder: Path) -> Iterator[Running]:
     limits = RequestLimits(max_body_bytes=20_000, max_rows=30, max_characters=5_000)
     with serving(folder, requests=limits, weights=WEIGHTS) as server:
         yield server
-
-
-def ask(
-    port: int, path: str = "/score", body: bytes | None = BODY, method: str = "POST", **headers: str
-) -> tuple[int, Any, http.client.HTTPMessage]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, path, body, {**JSON, **headers})
-        response = connection.getresponse()
-        content = response.read()
-        return response.status, json.loads(content), response.headers
-    finally:
-        connection.close()
-
-
-def wait_until_loaded(port: int) -> None:
-    deadline = time.monotonic() + 30
-    while ask(port, "/ready", None, "GET")[0] != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_scores_are_those_of_the_model(running: Running, folder: Path) -> None:
@@ -196,67 +171,6 @@ def test_a_model_being_loaded_is_alive_but_not_ready(folder: Path) -> None:
         assert ask(running.port)[0] == 200
 
 
-@pytest.mark.parametrize("what", ["nothing", "head", "body"])
-def test_slow_clients_are_put_out_while_others_are_served(folder: Path, what: str) -> None:
-    start = {
-        "nothing": b"",
-        "head": b"POST /score HTTP/1.1\r\nHost: a\r\nX-Slow: ",
-        "body": b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        b"Content-Length: 10000\r\n\r\n{",
-    }[what]
-    limits = ServerLimits(head_seconds=2, body_seconds=2)
-    with serving(folder, limits=limits) as running:
-        wait_until_loaded(running.port)
-        slow = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(200)]
-        for client in slow:
-            client.sendall(start)
-        assert ask(running.port)[0] == 200
-        answers = [ending(client, b"a" if start else b"") for client in slow]
-        assert all(b"408" in answer if what == "body" else not answer for answer in answers)
-        assert ask(running.port)[0] == 200
-
-
-def ending(client: socket.socket, more: bytes) -> bytes:
-    """What a client that is never quiet for long, and never ready, is told at its end."""
-    client.settimeout(0.5)
-    with client:
-        for _ in range(60):
-            with contextlib.suppress(TimeoutError):
-                return client.recv(4096)
-            client.sendall(more)
-    raise AssertionError("the client was not put out")
-
-
-def test_a_connection_too_many_is_closed(folder: Path) -> None:
-    with serving(folder, limits=ServerLimits(max_connections=3)) as running:
-        held = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(3)]
-        time.sleep(0.2)
-        one_more = socket.create_connection(("127.0.0.1", running.port), timeout=30)
-        with one_more, contextlib.suppress(ConnectionResetError):
-            assert one_more.recv(1) == b""
-        for client in held:
-            client.close()
-        wait_until_loaded(running.port)
-        assert ask(running.port)[0] == 200
-
-
-def test_bodies_of_all_clients_together_are_bounded(folder: Path) -> None:
-    limits = ServerLimits(max_pending_bytes=3_000, body_seconds=30)
-    head = b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    with serving(folder, limits=limits) as running:
-        wait_until_loaded(running.port)
-        slow = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
-        for client in slow:
-            client.sendall(head + b"Content-Length: 2000\r\n\r\n" + b" " * 1_490)
-        time.sleep(0.3)
-        status, answer, _ = ask(running.port)
-        assert (status, answer["error"]) == (503, "too many bytes wait: try again")
-        for client in slow:
-            client.close()
-        time.sleep(0.3)
-        assert ask(running.port)[0] == 200
-
-
 def test_scores_that_are_not_finite_are_no_answer(folder: Path) -> None:
     with serving(folder) as running:
         wait_until_loaded(running.port)
@@ -282,17 +196,3 @@ def test_a_failing_pass_is_told_and_the_next_is_scored(
             connection.request("POST", "/score", BODY, JSON)
             assert connection.getresponse().status == 500
         assert ask(running.port)[0] == 200
-
-
-def test_a_client_that_goes_away_harms_nobody(running: Running) -> None:
-    wait_until_loaded(running.port)
-    running.scorer.began.clear()
-    running.scorer.may_go.clear()
-    head = b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", running.port)) as half:
-        half.sendall(head + b"Content-Length: 100\r\n\r\n{")
-    with socket.create_connection(("127.0.0.1", running.port)) as whole:
-        whole.sendall(head + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
-        assert running.scorer.began.wait(30)
-    running.scorer.may_go.set()
-    assert ask(running.port)[0] == 200
