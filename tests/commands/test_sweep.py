@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ COMMAND = """
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +44,26 @@ def run(
     logger: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> float:
+    from helpsteer2.commands.run_folder import RunFolder
     from helpsteer2.errors import UserError
 
     path = Path(run_dir) / "written.json"
     if path.exists():
         return json.loads(path.read_text())["value"]
     print(f"seed {seed} speaks")
-    if seed == 13 and not Path("lucky").exists():
+    lucky = (path.parents[1] / "lucky").exists()
+    if seed == 13 and not lucky:
         raise UserError("thirteen brings no luck")
     if seed == 14:
         raise Strange(1, 2)
     if seed == 15:
         raise SystemExit(143)
-    if seed == 16:
+    if seed == 16 and not lucky:
         os.kill(os.getpid(), signal.SIGKILL)
+    if seed == 17:
+        with RunFolder(run_dir).locked():
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
     content = {"value": seed / 2, "run_dir": run_dir, "logger": logger, "process": os.getpid()}
     path.write_text(json.dumps(content))
     return seed / 2
@@ -109,6 +117,18 @@ def notes(folder: str) -> list[Job]:
     return Sweep(Path(folder)).jobs()
 
 
+def wait_for(folder: RunFolder) -> None:
+    """Wait until no process has a folder; longer than any has to be given is a failure."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with folder.locked():
+                return
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 HAS_JOBLIB = find_spec("joblib") is not None
 NEEDS_JOBLIB = pytest.mark.skipif(not HAS_JOBLIB, reason="hydra-joblib-launcher is not installed")
@@ -145,11 +165,58 @@ def test_failing_jobs_stop_no_other(
 
 
 @NEEDS_JOBLIB
-def test_a_killed_job_is_told(command: Call, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="did not finish"):
-        command("-m", "seed=16,16", "run_dir=runs/sweep", *JOBLIB)
+def test_a_killed_job_takes_no_other_along(
+    command: Call, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("-m", "seed=16,3,4,5", "run_dir=runs/sweep", *JOBLIB)
+    with pytest.raises(UserError, match=r"1 of 4 jobs did not finish \(0\); ") as told:
+        command(*arguments)
+    assert told.value.exit_code == 1
+    jobs = notes("runs/sweep")
+    assert [job.status for job in jobs] == ["killed", "finished", "finished", "finished"]
+    assert [job.value for job in jobs] == [None, 1.5, 2.0, 2.5]
+    shown = capfd.readouterr().out
+    assert "job 0 killed: its process was ended by signal 9, as the system does when" in shown
+    assert all(f"runs/sweep/{number}" in shown for number in range(4))
+    Path("runs/sweep/lucky").touch()
+    assert command(*arguments) == 0
+    assert [job.value for job in notes("runs/sweep")] == [8.0, 1.5, 2.0, 2.5]
+
+
+@NEEDS_JOBLIB
+def test_a_launcher_that_gives_up_is_told_and_leaves_no_job_behind(
+    command: Call, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"(?s)did not finish \(0.*gave up"):
+        command("-m", "seed=17,17", "run_dir=runs/sweep", *JOBLIB)
     assert "killed" in capfd.readouterr().out
-    assert {job.status for job in notes("runs/sweep")} == {"running"}
+    for job in notes("runs/sweep"):
+        wait_for(RunFolder(job.folder))
+
+
+@NEEDS_JOBLIB
+def test_a_stop_ends_a_sweep_of_processes_too(command: Call) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command("-m", "seed=15,15", "run_dir=runs/sweep", *JOBLIB)
+    assert stopped.value.code == 143
+    assert "stopped" in {job.status for job in notes("runs/sweep")}
+
+
+def test_the_same_command_goes_on_after_the_sweep_itself_was_killed(
+    command: Call, tmp_path: Path
+) -> None:
+    arguments = ("-m", "seed=2,16,3", "run_dir=runs/sweep")
+    code = (
+        "from tests.commands.test_sweep import FIXTURE, launch\n"
+        f"launch(FIXTURE, ['--config-path={tmp_path / 'conf'}', *{arguments}])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert [job.status for job in notes("runs/sweep")] == ["finished", "running"]
+    before = Path("runs/sweep/0/written.json").stat().st_mtime_ns
+    Path("runs/sweep/lucky").touch()
+    assert command(*arguments) == 0
+    assert Path("runs/sweep/0/written.json").stat().st_mtime_ns == before
+    assert [job.value for job in notes("runs/sweep")] == [1.0, 8.0, 1.5]
 
 
 def test_a_sweep_without_failures_says_so(command: Call, capfd: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +231,7 @@ def test_the_same_command_leaves_finished_jobs_and_runs_the_others(command: Call
     with pytest.raises(UserError, match=r"1 of 2 jobs did not finish \(0\)"):
         command(*arguments)
     before = Path("runs/sweep/1/written.json").stat().st_mtime_ns
-    Path("lucky").touch()
+    Path("runs/sweep/lucky").touch()
     assert command(*arguments) == 0
     assert Path("runs/sweep/1/written.json").stat().st_mtime_ns == before
     assert [job.value for job in notes("runs/sweep")] == [6.5, 1.5]
@@ -272,14 +339,13 @@ def test_table_shows_what_differs_and_what_was_killed() -> None:
 
 
 def test_marked_lines_are_whole_and_of_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with _marked(7, needed=True):
+    with _marked(7):
         print("one\ntwo")
         print("half ", end="")
         print("of it", file=sys.stderr)
         print("and the rest")
         assert not sys.stdout.isatty()
-    with _marked(7, needed=False):
-        print("plain")
+    print("plain")
     caught = capsys.readouterr()
     assert caught.out == "[7] one\n[7] two\n[7] half and the rest\nplain\n"
     assert caught.err == "[7] of it\n"
