@@ -45,7 +45,7 @@ def expo(
         run_dir: Folder of the export (``export``) and the record (``result.json``).
         seed: Seed of the search's halves and of its bootstrap.
         weak: Folder of the first stage's export, or its Hub id.
-        strong: Of the second stage, trained from the first.
+        strong: Of the second stage, trained from the first on all or some of its attributes.
         alpha: How far to go from weak (0) to strong (1) and beyond; or ``search``.
         search: What ``alpha=search`` tries, and on which pairs.
         weights: Weighting that makes one reward of the scores, for the search.

@@ -23,6 +23,7 @@ from helpsteer2.models.lora import (
     adapter_tensors,
     frozen_fingerprint,
     inject,
+    merged_folder,
     require_peft,
 )
 from helpsteer2.models.spec import SPEC_FILE, RewardSpec
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from helpsteer2.models.attention import AttentionChoice
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no whole model."""
-    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    return all((folder / name).is_file() for name in files) and not any(
-        folder.glob("model*.safetensors")
-    )
 
 
 def load_adapter(
@@ -107,7 +100,7 @@ def base_path(config: LoraConfig, base: str | Path | None, folder: Path) -> str:
     """
     path = str(base or config.base_model_name_or_path or "")
     if not path:
-        raise UserError(f"{folder} does not say what its base is: give base=DIR")
+        raise UserError(f"{folder} does not say what its base is: {_elsewhere(folder)}")
     return path
 
 
@@ -177,9 +170,16 @@ def load_base(
         return backbone.build(tokenizer, seed=0, device=device, lm_head=lm_head)
     except UserError as error:
         raise UserError(
-            f"{folder} is an adapter of {path}, which cannot be used ({error}); if the base lies "
-            "elsewhere now, give base=DIR"
+            f"{folder} is an adapter of {path}, which cannot be used ({error}). If the base lies "
+            f"elsewhere now, {_elsewhere(folder)}"
         ) from error
+
+
+def _elsewhere(folder: Path) -> str:
+    """What helps every command, and needs no option of any, if the base of an adapter moved."""
+    whole = merged_folder(folder)
+    instead = "" if whole is None else f"; or give {whole}, the same model with the adapter merged"
+    return f"write its path as base_model_name_or_path into {folder / ADAPTER_CONFIG}{instead}"
 
 
 @torch.no_grad()

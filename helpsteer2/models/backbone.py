@@ -23,7 +23,7 @@ from helpsteer2.models.attention import (
     choose_backend,
     implementation_name,
 )
-from helpsteer2.models.lora import Lora
+from helpsteer2.models.lora import Lora, adapter_refusal, is_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -184,7 +184,7 @@ class Backbone:
         holes = sorted(name for name in missing if lm_head or not name.startswith("lm_head."))
         if holes:
             raise UserError(
-                f"backbone.path={self.path} lacks weights of {type(model).__name__}, or has them "
+                f"the backbone {self.path!r} lacks weights of {type(model).__name__}, or has them "
                 f"in another shape: {', '.join(holes[:5])}{' …' if len(holes) > 5 else ''}: this "
                 "is the checkpoint of another backbone"
             )
@@ -208,6 +208,10 @@ class Backbone:
 
         folder = Path(path).expanduser()
         local = folder.is_dir()
+        if not local and folder.is_absolute():
+            raise UserError(f"the backbone {path!r} cannot be loaded: there is no such folder")
+        if is_adapter(folder):
+            raise UserError(adapter_refusal(folder))
         offline = not local and hub_unreachable() is not None
         try:
             return factory.from_pretrained(
@@ -218,11 +222,11 @@ class Backbone:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             if offline:
+                # Not by the name of a setting: commands that only read a model have none for it.
                 require_hub(
-                    f"the backbone {path!r}",
-                    "set backbone=local backbone.path=DIR (a folder of a transformers causal LM)",
+                    f"the backbone {path!r}", "give a local folder of a transformers causal LM"
                 )
-            raise UserError(f"backbone.path={path}: cannot be loaded: {error}") from error
+            raise UserError(f"the backbone {path!r} cannot be loaded: {error}") from error
 
     @staticmethod
     def _check_keys(changes: Mapping[str, Any]) -> None:

@@ -72,13 +72,23 @@ def adapter_card(spec: RewardSpec, base: str, adds_bos: bool) -> str:
         f"{', '.join(spec.attribute_names)}. In an export, the folder above is the same model with "
         "the adapters merged, and its card tells the rest.\n\n"
         f"{_score_command()}"
-        "It loads the base from where its name says. The same scores with plain peft:\n\n"
+        f"{base_note()} The same scores with plain peft:\n\n"
         "```python\n"
         "import torch\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
         f"{_scoring_code(load, spec, adds_bos)}"
         "```\n"
+    )
+
+
+def base_note() -> str:
+    """Where ``helpsteer2`` looks for the base of adapters, for their cards."""
+    return (
+        "`helpsteer2` loads the base from where `base_model_name_or_path` in "
+        "`adapter_config.json` says. If it lies elsewhere on your machine, write its path there "
+        "(in Python, `from_pretrained` takes `base=` too): weights other than those of the "
+        "training are refused."
     )
 
 

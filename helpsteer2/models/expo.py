@@ -17,6 +17,7 @@ from helpsteer2.errors import UserError
 from helpsteer2.models.card import model_card
 from helpsteer2.models.export import replaced_folder, share
 from helpsteer2.models.loading import (
+    HEAD_BIAS,
     HEAD_WEIGHT,
     RewardFolder,
     WeightFiles,
@@ -28,6 +29,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
 _WRITTEN_HERE = {"config.json", INDEX_FILE, SPEC_FILE}
+_HEAD = {HEAD_WEIGHT, HEAD_BIAS}
 _FLOATS = {"F64", "F32", "BF16", "F16"}
 _NO_PART_OF_THE_FUNCTION = {
     "_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache",
@@ -39,7 +41,7 @@ class Parents:
     """Two stages of one reward model, checked against each other.
 
     Attributes:
-        weak: The first stage.
+        weak: The first stage, with all attributes of the second and maybe more.
         strong: The second one, trained from the first.
         weak_hash: SHA-256 of all tensors of the first stage, however they are cut into files.
         strong_hash: Likewise of the second.
@@ -49,6 +51,12 @@ class Parents:
     strong: RewardFolder
     weak_hash: str
     strong_hash: str
+
+    @property
+    def head_rows(self) -> list[int]:
+        """Rows of the first stage's head that the second one started from, in its order."""
+        names = self.weak.spec.attribute_names
+        return [names.index(name) for name in self.strong.spec.attribute_names]
 
 
 def extrapolate(weak: Tensor, strong: Tensor, alpha: float) -> Tensor:
@@ -120,9 +128,9 @@ def _differences(weak: RewardFolder, strong: RewardFolder) -> list[str]:
     else:
         found += _config_differences(weak.config.to_dict(), strong.config.to_dict())
         found += _tensor_differences(WeightFiles(weak.folder), WeightFiles(strong.folder))
-    names = [", ".join(parent.spec.attribute_names) for parent in (weak, strong)]
-    if names[0] != names[1]:
-        found.append(f"attributes: {names[0]} and {names[1]}")
+    names, wanted = (parent.spec.attribute_names for parent in (weak, strong))
+    if lacking := [name for name in wanted if name not in names]:
+        found.append(f"attributes: weak has no {', '.join(lacking)}, only {', '.join(names)}")
     for what, key in (
         ("tokenizer", "tokenizer_hash"),
         ("chat template", "template_hash"),
@@ -152,7 +160,10 @@ def _tensor_differences(weak: WeightFiles, strong: WeightFiles) -> list[str]:
         "only in weak": left.keys() - right.keys(),
         "only in strong": right.keys() - left.keys(),
         "of two shapes": {
-            name for name in left.keys() & right.keys() if left[name][1] != right[name][1]
+            name
+            # Rows of the heads belong to attributes, which are told apart.
+            for name in (left.keys() & right.keys()) - _HEAD
+            if left[name][1] != right[name][1]
         },
         "quantised or whole numbers": {
             name
@@ -210,7 +221,7 @@ def write_extrapolated(parents: Parents, alpha: float, folder: str | Path) -> No
     if Path(folder).resolve() in {weak.folder.resolve(), strong.folder.resolve()}:
         raise UserError(f"{folder} is one of the two models: choose another run_dir")
     with replaced_folder(folder, SPEC_FILE) as aside:
-        size = _write_weights(WeightFiles(weak.folder), WeightFiles(strong.folder), alpha, aside)
+        size = _write_weights(parents, alpha, aside)
         for path in strong.folder.iterdir():
             if path.suffix in _TOKENIZER_SUFFIXES and path.name not in _WRITTEN_HERE:
                 shutil.copyfile(path, aside / path.name)
@@ -223,22 +234,26 @@ def write_extrapolated(parents: Parents, alpha: float, folder: str | Path) -> No
         share(aside)
 
 
-def _write_weights(weak: WeightFiles, strong: WeightFiles, alpha: float, aside: Path) -> int:
+def _write_weights(parents: Parents, alpha: float, aside: Path) -> int:
     """Write weights, their index and the config; the number of parameters."""
     from safetensors.torch import save_file
 
+    weak, strong = WeightFiles(parents.weak.folder), WeightFiles(parents.strong.folder)
     n_parameters = n_bytes = 0
     dtype = torch.float32  # of the backbone
     for file, names in _shards(strong).items():
         tensors = {}
         for name in names:
-            tensor = extrapolate(weak.tensor(name), strong.tensor(name), alpha)
+            start = weak.tensor(name)
+            if name in _HEAD:
+                start = start[parents.head_rows]
+            tensor = extrapolate(start, strong.tensor(name), alpha)
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{name} is not finite at alpha={alpha:g}: choose a smaller alpha")
             tensors[name] = tensor
             n_parameters += tensor.numel()
             n_bytes += tensor.nbytes
-            if name != HEAD_WEIGHT:
+            if name not in _HEAD:
                 dtype = tensor.dtype
         save_file(tensors, aside / file, metadata={"format": "pt"})
     index = strong.folder / INDEX_FILE

@@ -22,6 +22,7 @@ from helpsteer2.data.tokenizer import tokenizer_hash
 from helpsteer2.errors import UserError
 from helpsteer2.models.backbone import without_dropout, without_loading_report
 from helpsteer2.models.export import check_pad_token, has_score_head, previous_folder
+from helpsteer2.models.lora import ADAPTER_CONFIG, adapter_refusal
 from helpsteer2.models.spec import SPEC_FILE, RewardSpec
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ def _no_weights(folder: Path) -> str:
         return (
             f"{folder} holds pickled weights only, which can run code: convert them to safetensors"
         )
-    if (folder / "adapter_config.json").is_file():
-        return f"{folder} holds an adapter only: merge it into its base model first"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return adapter_refusal(folder)
     return f"{folder} is no model folder: it has no model.safetensors"
 
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from helpsteer2.errors import UserError
 from helpsteer2.models.adapted_linear import speed_up
+from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -254,6 +255,47 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict().items()
         if ".lora_" in name
     }
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model."""
+    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    return all((folder / name).is_file() for name in files) and not any(
+        folder.glob("model*.safetensors")
+    )
+
+
+def merged_folder(adapter: Path) -> Path | None:
+    """The folder of the same model with the adapters merged.
+
+    Args:
+        adapter: Folder with adapters alone.
+
+    Returns:
+        The folder above, if an export put the adapters there; None if they stand alone.
+    """
+    adapter = adapter.resolve()
+    above = adapter.parent
+    for name in (SPEC_FILE, POLICY_FILE):
+        ours, theirs = adapter / name, above / name
+        # An export writes the very same record twice; of other models it would tell other things.
+        if ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes():
+            return above if any(above.glob("model*.safetensors")) else None
+    return None
+
+
+def adapter_refusal(folder: Path) -> str:
+    """Why adapters cannot stand where a whole model is wanted, and what can.
+
+    Args:
+        folder: Holds adapters alone.
+    """
+    whole = merged_folder(folder)
+    return f"{folder} holds an adapter only: " + (
+        "merge it into its base model first"
+        if whole is None
+        else f"give {whole}, the same model with the adapter merged"
+    )
 
 
 def write_adapter(folder: Path, model: PreTrainedModel, head: nn.Linear | None) -> None:

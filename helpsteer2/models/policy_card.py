@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from helpsteer2.models.card import ADAPTER_FOLDER
+from helpsteer2.models.card import ADAPTER_FOLDER, base_note
 
 if TYPE_CHECKING:
     from helpsteer2.models.policy_export import PolicySpec
@@ -79,7 +79,7 @@ def policy_adapter_card(spec: PolicySpec, base: str) -> str:
         f"{_header('peft')}"
         "# Adapters of a policy\n\n"
         f"LoRA adapters for `{base}`. In an export, the folder above is the same model with the "
-        "adapters merged, and its card tells the rest.\n\n"
+        f"adapters merged, and its card tells the rest.\n\n{base_note()} With plain peft:\n\n"
         "```python\n"
         "import torch\n"
         "from peft import PeftModel\n"

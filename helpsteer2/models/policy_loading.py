@@ -13,7 +13,6 @@ from helpsteer2.data.tokenizer import PretrainedTokenizer
 from helpsteer2.errors import UserError
 from helpsteer2.models.adapter import (
     base_path,
-    is_adapter,
     load_base,
     put_adapter,
     read_config,
@@ -21,7 +20,7 @@ from helpsteer2.models.adapter import (
 )
 from helpsteer2.models.backbone import Backbone
 from helpsteer2.models.loading import load_tokenizer, local_folder
-from helpsteer2.models.lora import require_peft
+from helpsteer2.models.lora import is_adapter, require_peft
 from helpsteer2.models.policy_export import PolicySpec
 from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpsteer2.data.packing import PackedBatch
 from helpsteer2.errors import UserError
-from helpsteer2.models.adapter import is_adapter, load_adapter
+from helpsteer2.models.adapter import load_adapter
 from helpsteer2.models.attention import (
     AttentionChoice,
     check_packable,
@@ -20,6 +20,7 @@ from helpsteer2.models.attention import (
 )
 from helpsteer2.models.export import write_export
 from helpsteer2.models.loading import local_folder, open_reward
+from helpsteer2.models.lora import is_adapter
 from helpsteer2.models.spec import RewardSpec
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES
+from helpsteer2.commands import score
 from helpsteer2.data.chat import BoundChat, ChatFormat
 from helpsteer2.data.groups import Group
 from helpsteer2.data.lengths import LengthLimits
@@ -28,9 +30,11 @@ from helpsteer2.data.packing import PackedBatch
 from helpsteer2.data.tokenizer import PretrainedTokenizer
 from helpsteer2.errors import UserError
 from helpsteer2.models.backbone import Backbone
+from helpsteer2.models.expo import open_parents
 from helpsteer2.models.loading import open_reward
 from helpsteer2.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD, Lora
 from helpsteer2.models.reward import RewardModel, RewardSpec
+from helpsteer2.models.start import RewardStart
 from helpsteer2.rewards.scorer import RewardScorer
 from tests.models.adapters import wake
 
@@ -159,6 +163,11 @@ def test_the_merged_card_names_its_adapter_but_no_path_of_the_author(trained: Tr
     assert str(trained.base) not in card
 
 
+def test_the_adapter_card_tells_what_to_do_if_the_base_moved(trained: Trained) -> None:
+    card = (trained.adapter / "README.md").read_text()
+    assert "`base_model_name_or_path` in `adapter_config.json`" in card
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_scores_as_it_did_in_training(
     dtype: Any, make_trained: Callable[..., Trained]
@@ -178,10 +187,87 @@ def test_a_loaded_adapter_can_be_exported_again(trained: Trained, tmp_path: Path
 
 def test_a_base_that_moved_is_given(trained: Trained) -> None:
     moved = trained.base.rename(trained.base.with_name("moved"))
-    with pytest.raises(UserError, match=r"is an adapter of .*base.*give base=DIR"):
-        RewardModel.from_pretrained(trained.adapter)
     scorer = RewardScorer.from_pretrained(trained.adapter, device="cpu", base=moved)
     assert torch.equal(trained.scores(scorer.model), trained.scores())
+
+
+@pytest.mark.parametrize("base", ["a folder", "someone/never-published-this"])
+def test_a_base_that_is_gone_is_told_with_what_helps_every_command(
+    base: str, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    moved = trained.base.rename(trained.base.with_name("moved"))
+    if base == "a folder":
+        base = str(trained.base)
+    else:
+        edit_config(trained.adapter, base_model_name_or_path=base)
+    with pytest.raises(UserError) as raised:
+        RewardModel.from_pretrained(trained.adapter)
+    message = str(raised.value)
+    assert f"is an adapter of {base}, which cannot be used" in message
+    assert f"base_model_name_or_path into {trained.adapter / ADAPTER_CONFIG}" in message
+    assert f"give {trained.export}, the same model with the adapter merged" in message
+    for option in ("base=", "--base", "backbone=", "backbone.path"):
+        assert option not in message
+    # Alone, there is no merged model to give.
+    alone = shutil.copytree(trained.adapter, tmp_path / "alone")
+    with pytest.raises(UserError, match=r"base_model_name_or_path into .*alone/[\w.]+$"):
+        RewardModel.from_pretrained(alone)
+    edit_config(alone, base_model_name_or_path=str(moved))
+    loaded, _, _ = RewardModel.from_pretrained(alone)
+    assert torch.equal(trained.scores(loaded), trained.scores())
+
+
+def test_score_takes_the_base_that_the_adapter_names_now(
+    trained: Trained,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    tmp_path: Path,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What is 2+2?", "response": "4."}\n')
+
+    def scores() -> dict[str, float]:
+        with rows.open() as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            options = ["--model", str(trained.adapter), "--weights", '{"helpfulness": 1}']
+            assert score.main(options) == 0
+        found: dict[str, float] = json.loads(capfdbinary.readouterr().out)["scores"]
+        return found
+
+    before = scores()
+    moved = trained.base.rename(trained.base.with_name("moved"))
+    with pytest.raises(UserError, match="write its path as base_model_name_or_path"):
+        scores()
+    edit_config(trained.adapter, base_model_name_or_path=str(moved))
+    assert scores() == before
+    # What is named is still held against the weights of the training.
+    other = save_base(tmp_path / "other", tokenizer, seed=6)
+    edit_config(trained.adapter, base_model_name_or_path=str(other))
+    with pytest.raises(UserError, match="not the weights that it was trained beside"):
+        scores()
+
+
+def test_training_and_expo_name_the_merged_model_above_an_adapter(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = f"adapter holds an adapter only: give {trained.export}, the same model"
+    with pytest.raises(UserError, match=merged):
+        RewardStart(str(trained.adapter)).attributes(("helpfulness",))
+    with pytest.raises(UserError, match=merged):
+        open_parents(trained.adapter, trained.export)
+    monkeypatch.chdir(trained.adapter)
+    with pytest.raises(UserError, match=merged.removeprefix("adapter")):
+        open_reward(".")
+    # A folder above that holds something else is not it.
+    alone = shutil.copytree(trained.adapter, trained.base / "adapter")
+    with pytest.raises(UserError, match="merge it into its base"):
+        open_reward(alone)
+    shutil.copy(trained.export / "reward_model.json", trained.base)
+    edit_json(trained.base / "reward_model.json", data="another training")
+    with pytest.raises(UserError, match="merge it into its base"):
+        open_reward(alone)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +311,12 @@ def without_head(folder: Path) -> None:
     save_file(tensors, folder / ADAPTER_WEIGHTS)
 
 
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def edit_config(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    (folder / ADAPTER_CONFIG).write_text(json.dumps({**config, **values}))
+    edit_json(folder / ADAPTER_CONFIG, **values)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +327,7 @@ def edit_config(folder: Path, **values: Any) -> None:
         (lambda folder: (folder / ADAPTER_CONFIG).write_text("{"), "is damaged"),
         (lambda folder: (folder / ADAPTER_WEIGHTS).write_bytes(b"x" * 99), "is damaged"),
         (lambda folder: edit_config(folder, peft_type="IA3"), "only LORA"),
-        (lambda folder: edit_config(folder, base_model_name_or_path=None), "give base=DIR"),
+        (lambda folder: edit_config(folder, base_model_name_or_path=None), "does not say"),
         (lambda folder: (folder / "chat_template.jinja").write_text("x"), "chat template changed"),
     ],
 )

@@ -117,7 +117,7 @@ def test_damaged_weights_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_pat
     folder = save_causal_lm(tmp_path, tokenizer)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"backbone\.path=.*cannot be loaded"):
+    with pytest.raises(UserError, match=r"the backbone .*cannot be loaded"):
         Backbone(TRAINED, path=str(folder)).build(tokenizer, seed=0)
 
 
@@ -152,8 +152,16 @@ def test_a_hub_id_without_network_names_the_local_way(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"backbone=local backbone\.path=DIR"):
+    with pytest.raises(UserError, match=r"'meta-llama/Nothing-Here': .*; give a local folder"):
         Backbone(TRAINED, path="meta-llama/Nothing-Here").build(tokenizer, seed=0)
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helpsteer2.models.backbone.hub_unreachable", None)
+    with pytest.raises(UserError, match="gone' cannot be loaded: there is no such folder"):
+        Backbone(TRAINED, path=str(tmp_path / "gone")).build(tokenizer, seed=0)
 
 
 def test_the_real_small_model_loads(real_data: Path, tmp_path: Path) -> None:

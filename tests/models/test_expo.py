@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES
@@ -28,25 +27,11 @@ from helpsteer2.models.expo import (
 from helpsteer2.models.loading import WeightFiles
 from helpsteer2.models.reward import RewardModel, RewardSpec
 
+from .extrapolation import perturbed, tensors_of
+
 MakeModel = Callable[..., RewardModel]
 Stages = Callable[..., tuple[Path, Path]]
 Packed = Callable[[BoundChat], tuple[PackedBatch, list[list[int]]]]
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
-def perturbed(model: RewardModel, scale: float = 0.1) -> RewardModel:
-    """The model after a stage of training: every weight a little different."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += scale * torch.randn_like(parameter)
-    return model
 
 
 @pytest.fixture
@@ -258,7 +243,7 @@ def test_every_difference_is_told_at_once(
 ) -> None:
     make_model().save_pretrained(tmp_path / "weak", tokenizer)
     other = make_model(
-        attribute_names=("helpfulness", "verbosity"),
+        attribute_names=("helpfulness", "verbosity", "style"),
         chat=ChatFormat("plain", "Be kind."),
         num_hidden_layers=1,
         intermediate_size=48,
@@ -273,7 +258,7 @@ def test_every_difference_is_told_at_once(
         "config.json, intermediate_size: 64 and 48",
         "tensors only in weak: model.layers.1.",
         "tensors of two shapes: model.layers.0.mlp",
-        f"attributes: {', '.join(HELPSTEER2_ATTRIBUTES)} and helpfulness, verbosity",
+        f"attributes: weak has no style, only {', '.join(HELPSTEER2_ATTRIBUTES)}",
         "chat template: ",
         "system prompt: None and 'Be kind.'",
     ):

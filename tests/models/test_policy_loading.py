@@ -147,12 +147,22 @@ def test_an_adapter_on_its_base_is_the_trained_policy(
     elsewhere = None
     if moved:
         elsewhere = base.rename(base.with_name("elsewhere"))
-        with pytest.raises(UserError, match="give base=DIR"):
+        with pytest.raises(UserError, match=f"adapter_config.json; or give {folder}, the same"):
             Policy.from_pretrained(folder / "adapter")
     policy, _, chat = Policy.from_pretrained(folder / "adapter", base=elsewhere)
     assert any("lora" in name for name in policy.state_dict())
     assert torch.equal(logprobs(policy), exact)
     assert chat.template_hash == trained.spec.chat.template_hash
+
+
+@needs_peft
+def test_training_cannot_go_on_from_an_adapter_but_from_the_folder_above(
+    make_trained: MakeTrained, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    _, folder = make_trained(Lora(rank=4, alpha=8))
+    adapter = Backbone(PretrainedTokenizer(str(folder)), path=str(folder / "adapter"))
+    with pytest.raises(UserError, match=f"holds an adapter only: give {folder}, the same model"):
+        adapter.build(tokenizer, seed=0, lm_head=True)
 
 
 @needs_peft

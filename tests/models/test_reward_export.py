@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from helpsteer2.data.packing import PackedBatch
 from helpsteer2.errors import UserError
 from helpsteer2.models import export as export_module
 from helpsteer2.models.reward import RewardModel, RewardSpec
+from tests.full_disk import largest_file
 
 Export = tuple[Path, RewardModel]
 MakeModel = Callable[..., RewardModel]
@@ -264,17 +263,6 @@ def test_a_card_holds_no_path_of_the_author(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@contextlib.contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """The system refuses to write beyond a size: a real failed write, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_that_fails_leaves_the_old_export(
