@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +32,9 @@ PACKAGES = (
     "flash-attn",
 )
 """Packages whose versions can change a figure."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more: it is full, or a quota or a limit says so."""
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
@@ -57,7 +62,33 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Write bytes to the end of a file that grows.
+
+    Such a file is opened with ``buffering=0``. What could not be written stays in a buffer, and is
+    tried again when the file is closed: that error would take the place of what the user was told.
+
+    Args:
+        file: Opened with mode ``ab`` or ``a+b``, unbuffered.
+        content: What to write; a part of it may be there if this fails.
+
+    Raises:
+        OSError: If not all of it can be written.
+    """
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def reason(error: OSError) -> str:
+    """Why something cannot be written, and what to do about a full disk."""
+    told = error.strerror or str(error)
+    if error.errno in NO_ROOM:
+        told += "; make room, then give the same command again"
+    return told
 
 
 def write_json_atomic(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytorch_lightning as pl
 
 from helpsteer2.callbacks.checkpoints import validation_metrics
 from helpsteer2.callbacks.wandb import WandbView
 from helpsteer2.errors import UserError
-from helpsteer2.records import write_atomic
+from helpsteer2.records import append, reason, write_atomic
 
 HEADER = b"step,metric,value\n"
 
@@ -37,7 +38,7 @@ class MetricsLog(pl.Callback):
         self.path = path
         self.view = view
         self.latest: dict[str, float] = {}
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Metrics of the latest step, for a run that was killed after its last one."""
@@ -51,7 +52,7 @@ class MetricsLog(pl.Callback):
         """Cut the file back to the step that training starts from, and open it."""
         if trainer.is_global_zero:
             cut_back(self.path, trainer.global_step)
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
 
     def on_train_batch_end(
         self,
@@ -96,10 +97,9 @@ class MetricsLog(pl.Callback):
         step = trainer.global_step
         rows = "".join(f"{step},{name},{_number(value)}\n" for name, value in metrics.items())
         try:
-            self._file.write(rows.encode("utf-8"))
-            self._file.flush()
+            append(self._file, rows.encode("utf-8"))
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {self.path}: {reason(error)}") from error
         if self.view is not None:
             self.view.log_metrics(metrics, step)
 

@@ -60,6 +60,7 @@ CONFIG_COMMANDS = {
             "run the stages of a recipe; those that are done are skipped",
             "helpsteer2.commands.pipeline.pipeline",
             "pipeline",
+            {"--dry-run": "dry_run=true"},
         ),
     )
 }

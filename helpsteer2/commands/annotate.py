@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +23,7 @@ from helpsteer2.data.sources.group_files import write_groups
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.report import named_table
 from helpsteer2.evaluation.scoring import Scorer, Scores, usable_weightings
-from helpsteer2.records import environment
+from helpsteer2.records import append, environment, reason
 from helpsteer2.rewards.standardise import ScoreStatistics
 
 CHUNK = 256
@@ -220,10 +220,10 @@ class _Store:
 
     def __enter__(self) -> _Store:
         try:
-            self._file: IO[bytes] = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)
             if self._file.tell() < self._key_size:
                 self._file.truncate(0)
-                self._file.write(self._key)
+                append(self._file, self._key)
         except OSError as error:
             raise self._error(error) from error
         return self
@@ -240,14 +240,13 @@ class _Store:
         """
         try:
             self._file.truncate(self._key_size + before * self._row_size)
-            self._file.write(scores.astype("<f4").tobytes())
-            self._file.flush()
+            append(self._file, scores.astype("<f4").tobytes())
             os.fsync(self._file.fileno())
         except OSError as error:
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self._path}: {error.strerror or error}")
+        return UserError(f"cannot write {self._path}: {reason(error)}")
 
 
 def _show(console: Console, metrics: Mapping[str, Any]) -> None:

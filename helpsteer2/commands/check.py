@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from helpsteer2.commands import CONFIG_COMMANDS
 from helpsteer2.commands.launch import (
@@ -18,8 +20,9 @@ from helpsteer2.config.rules import Settings
 USAGE = """usage: helpsteer2 check [COMMAND] [key=value ...]
 
 Compose and validate the configuration of a command (of train, if none is named) and say what
-would run. With -m every value of a sweep is checked; --cfg job prints the configuration, --info
-says how it was composed. Exit code 2 if there is a mistake; all of them are listed.
+would run; of a pipeline every stage is looked at. With -m every value of a sweep is checked; --cfg
+job prints the configuration, --info says how it was composed. Exit code 2 if there is a mistake;
+all of them are listed.
 """
 
 
@@ -46,11 +49,23 @@ def main(argv: Sequence[str]) -> int:
     if is_shown(parsed):
         run_hydra(command, parsed, checked.overrides)
     else:
-        _print_summary(name, checked)
+        stages = _stages(parsed, checked) if name == "pipeline" else []
+        _print_summary(name, checked, stages)
     return 0
 
 
-def _print_summary(name: str, checked: Checked) -> None:
+def _stages(parsed: argparse.Namespace, checked: Checked) -> list[str]:
+    """Names of the stages of the first job, after a look at those of every job."""
+    from helpsteer2.commands.pipeline import PROGRAM, checked_stages
+    from helpsteer2.pipeline.plan import Commands
+
+    conf = Path(parsed.config_path) if parsed.config_path else None
+    commands = Commands(CONFIG_COMMANDS, PROGRAM, conf, parsed.config_dir)
+    stages = [checked_stages(job, commands) for job in checked.jobs]
+    return stages[0]
+
+
+def _print_summary(name: str, checked: Checked, stages: Sequence[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -59,6 +74,8 @@ def _print_summary(name: str, checked: Checked) -> None:
     console.print(Text.assemble(("ok", "green"), f" helpsteer2 {name}{jobs}"))
     for key, value in _rows(checked.jobs[0]):
         console.print(Text.assemble((f"  {key:<12}", "bold"), value))
+    if stages:
+        console.print(Text.assemble(("  stages      ", "bold"), ", ".join(stages)))
 
 
 def _rows(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,8 @@ from helpsteer2.commands.data_source import (
 )
 from helpsteer2.data.checks import SCHEMAS
 from helpsteer2.data.description import DataStatistics
-from helpsteer2.data.groups import GroupSource
+from helpsteer2.data.groups import GroupSource, Report
+from helpsteer2.data.overlap import GroupHashes, name_twins
 from helpsteer2.data.rows import SPLITS, Row
 from helpsteer2.data.sources.base import RowSource
 from helpsteer2.errors import DataError, Problem, UserError
@@ -77,6 +78,8 @@ def main(argv: list[str]) -> int:
 def validate(path: str, schema: str | None = None, split: str | None = None) -> int:
     """Print every bad row as ``file:line: field: message``, then one line that sums up.
 
+    Groups of other splits that stand in train are told too, as a warning if only the prompt does.
+
     Args:
         path: A file, a folder, or a Hub id.
         schema: A key of ``SOURCES``; found out from the first rows if None.
@@ -86,7 +89,8 @@ def validate(path: str, schema: str | None = None, split: str | None = None) -> 
         1 if there was any problem, else 0.
     """
     bad: set[tuple[str, int | None]] = set()
-    rows = groups = problems = 0
+    rows = problems = warnings = 0
+    hashes: dict[str, GroupHashes] = {}
 
     def show(problem: Problem) -> None:
         nonlocal problems
@@ -102,16 +106,40 @@ def validate(path: str, schema: str | None = None, split: str | None = None) -> 
     else:
         source = SOURCES[schema](path)
         for part, report in passes(source, split, show):
+            hashes[part] = GroupHashes()
             with progress(f"validating {part}", "rows") as step:
                 counted = _Counted(source.rows(part, report), step)
-                groups += sum(1 for _ in source.groups(counted, part, report))
+                for group in source.groups(counted, part, report):
+                    hashes[part].add_texts(group)
                 # A table that holds every split is read again for each.
                 rows = max(rows, counted.count) if report is silent else rows + counted.count
+        warnings = _tell_of_twins(source, hashes, show)
     lines = len([line for _, line in bad if line is not None])
     name = f" ({schema})" if schema else ""
+    groups = sum(map(len, hashes.values()))
     counts = {"row": rows, "group": groups, "bad row": lines, "problem": problems}
+    counts |= {"warning": warnings} if warnings else {}
     print(f"{path}{name}: {', '.join(_count(n, noun) for noun, n in counts.items())}")
     return 1 if problems else 0
+
+
+def _tell_of_twins(source: RowSource, hashes: Mapping[str, GroupHashes], report: Report) -> int:
+    """Report groups of other splits that stand in train; print and count those by prompt alone."""
+    if "train" not in hashes:
+        return 0
+    whole = "prompt and responses also stand in train"
+    alone = "warning: the prompt also stands in train, with other responses"
+    warnings = 0
+    for split, held_out in hashes.items():
+        if split == "train":
+            continue
+        found = held_out.found_in(hashes["train"])
+        for problem in name_twins(source, split, found.whole, whole):
+            report(problem)
+        for warning in name_twins(source, split, found.prompt_alone, alone):
+            print(warning)
+        warnings += len(found.prompt_alone)
+    return warnings
 
 
 def describe(
@@ -243,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     describing.add_argument(
         "--out", metavar="DIR", help="where to write; default: outputs/describe/TIME"
     )
-    text = "list every bad row; exit 1 if there is one"
+    text = "list every bad row, and held-out groups that stand in train; exit 1 if there is one"
     validating = commands.add_parser("validate", help=text, description=text)
     validating.add_argument("path", metavar="PATH", help="a file, a folder, or a Hub id")
     for command in (describing, validating):

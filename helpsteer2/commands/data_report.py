@@ -44,7 +44,7 @@ class Sheet:
     Attributes:
         title: What it is about.
         columns: Headings; the first column holds names.
-        rows: Cells.
+        rows: Cells; without any the sheet is no table, and its caption says why.
         caption: What stands below.
     """
 
@@ -61,13 +61,18 @@ class Sheet:
 
         from helpsteer2.evaluation.report import named_table
 
+        title, caption = Text(self.title, "bold"), Text(f"{self.caption}\n")
+        if not self.rows:
+            return Group(title, caption)
         table = named_table("", [*map(escape, self.columns)])
         for row in self.rows:
             table.add_row(*map(escape, row))
-        return Group(Text(self.title, "bold"), table, Text(f"{self.caption}\n"))
+        return Group(title, table, caption)
 
     def markdown(self) -> str:
         """As a heading, a table of GitHub's Markdown, and a paragraph."""
+        if not self.rows:
+            return f"### {self.title}\n\n{self.caption}\n"
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [" | ".join(cells) for cells in (self.columns, rule, *self.rows)]
         table = "\n".join(f"| {line} |" for line in lines)
@@ -206,8 +211,7 @@ def _rater_sheets(figures: Mapping[str, Any]) -> Iterator[Sheet]:
             continue
         where = f"{found['prompts']:,} prompts: {STAGES[stage]}"
         yield _kappa_sheet(where, found)
-        if found["preferences"]:
-            yield _divergence_sheet(where, found["preferences"])
+        yield _divergence_sheet(where, found)
 
 
 def _kappa_sheet(where: str, found: Mapping[str, Any]) -> Sheet:
@@ -231,16 +235,35 @@ def _kappa_sheet(where: str, found: Mapping[str, Any]) -> Sheet:
     )
 
 
-def _divergence_sheet(where: str, preferences: Mapping[str, Any]) -> Sheet:
+def _divergence_sheet(where: str, found: Mapping[str, Any]) -> Sheet:
+    """Shares of diverging pairs, or why there are none."""
+    title, columns = "preferences of single raters", ("pairs of responses", "%")
+    preferences = found["preferences"]
+    if preferences is None or not preferences["compared"]:
+        return Sheet(title, columns, (), f"{where}. 0 pairs compared: {_why_none(found)}")
     rows = [(name, _interval(share, 1, 100.0)) for name, share in preferences["shares"].items()]
     return Sheet(
-        "preferences of single raters",
-        ("pairs of responses", "%"),
+        title,
+        columns,
         rows,
         f"{where}. {preferences['compared']:,} pairs compared, {preferences['not_comparable']:,} "
         "without the same number of raters, two at least, on both. diverging: raters on both "
         f"sides; substantially: by {SUBSTANTIAL} or more on both, our reading of the paper. "
         "diverging holds the substantial ones too",
+    )
+
+
+def _why_none(found: Mapping[str, Any]) -> str:
+    """What keeps the raters' preferences from being compared."""
+    if found["preferences"] is None:
+        return f"no attribute is named {REFERENCE}"
+    pairs = found["preferences"]["not_comparable"]
+    if not pairs:
+        return "no prompt has two responses"
+    raters = _number(found["attributes"][REFERENCE]["raters"]["value"], 2)
+    return (
+        f"a pair needs the same number of {REFERENCE} ratings, two at least, on both responses, "
+        f"and none of the {pairs:,} has (raters of a response's {REFERENCE}: {raters} on average)"
     )
 
 

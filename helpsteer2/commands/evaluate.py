@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,15 +17,18 @@ from rich.console import Console
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.errors import DataError, UserError
+from helpsteer2.evaluation.meaning import OWN_REWARD, ScoreMeaning
 from helpsteer2.evaluation.policies import EvaluatedPolicy
-from helpsteer2.evaluation.report import side_by_side_table
+from helpsteer2.evaluation.report import side_by_side_table, with_interval
 from helpsteer2.evaluation.scoring import (
     EvaluationContext,
     Evaluator,
     ModelKind,
+    Paired,
     Plotted,
     Scorer,
     model_key,
+    told_together,
 )
 from helpsteer2.plots import save
 from helpsteer2.records import environment
@@ -74,12 +78,15 @@ def evaluate(
 
     Raises:
         UserError: If a model or the data cannot be used, or is not of the kind that the evaluators
-            take, another process uses the folder, or the metric does not exist.
+            take, another process uses the folder, or the metric does not exist. Whatever is wrong
+            with the data of any evaluator is told at once, before a model is loaded.
     """
     kind = _kind_of(evaluators)
     models = {model: model} if isinstance(model, str) else short_names(model)
-    for path in models.values():
-        _check_kind(path, kind, evaluators)
+    told_together(
+        *(partial(_check_kind, path, kind, evaluators) for path in models.values()),
+        *(partial(_check_data, name, evaluator) for name, evaluator in evaluators.items()),
+    )
     started, start = datetime.now(timezone.utc), time.monotonic()
     folder = RunFolder(run_dir)
     settings = {"dtype": dtype, "attention": attention}
@@ -135,21 +142,25 @@ class _Evaluation:
     def of(self, path: str, scores_dir: Path) -> dict[str, Any]:
         """Load a model once, run every evaluator on it and show its tables."""
         model = self.load(path)
+        meaning = ScoreMeaning()
+        if not isinstance(model, EvaluatedPolicy):
+            meaning = _meaning(model)
+            self.console.print(_own_reward_line(meaning, model.attribute_names))
         context = EvaluationContext(
             weightings=self.weightings,
             scores_dir=scores_dir,
             model_key=model_key(path, **self.settings),
             seed=self.seed,
             console=self.console,
+            meaning=meaning,
         )
         metrics = {
-            name: _run(name, evaluator, model, context)
-            for name, evaluator in self.evaluators.items()
+            name: _run(evaluator, model, context) for name, evaluator in self.evaluators.items()
         }
         return {
             "metrics": metrics,
             "fingerprints": {name: found["fingerprint"] for name, found in metrics.items()},
-            "model": _describe(model, path),
+            "model": _describe(model, path, meaning),
         }
 
     def side_by_side(self, models: Mapping[str, str]) -> dict[str, Any]:
@@ -161,12 +172,19 @@ class _Evaluation:
             records[name] = self.of(path, scores_dir)
         self.console.rule("side by side")
         metrics = {name: record["metrics"] for name, record in records.items()}
+        gains = {}
         for name, evaluator in self.evaluators.items():
-            columns = {model: evaluator.headlines(found[name]) for model, found in metrics.items()}
+            results = {model: found[name] for model, found in metrics.items()}
+            columns = {model: evaluator.headlines(result) for model, result in results.items()}
+            if isinstance(evaluator, Paired) and len(results) > 1:
+                gains[name] = evaluator.gains(results, self.seed)
+                _add_gains(columns, gains[name])
             self.console.print(side_by_side_table(name, columns))
         self.draw(metrics)
         return {
             "metrics": metrics,
+            # Of the own reward, on the first model.
+            "gains": gains,
             # Of the data: the same for every model.
             "fingerprints": next(iter(records.values()))["fingerprints"],
             "models": {name: record["model"] for name, record in records.items()},
@@ -237,17 +255,22 @@ def _check_kind(path: str, kind: ModelKind, evaluators: Mapping[str, Evaluator])
         )
 
 
-def _run(
-    name: str, evaluator: Evaluator, model: Scorer | EvaluatedPolicy, context: EvaluationContext
-) -> dict[str, Any]:
-    """Run one evaluator and show its tables; a message about its data names our own config key."""
+def _check_data(name: str, evaluator: Evaluator) -> None:
+    """Read an evaluator's data; a message about them names our own config key."""
     try:
-        metrics = evaluator.evaluate(model, context)
+        evaluator.check()
     except DataError:
         raise
     except UserError as error:
         key = f" evaluators.{name}.data.path="
         raise UserError(str(error).replace(" data.path=", key)) from error
+
+
+def _run(
+    evaluator: Evaluator, model: Scorer | EvaluatedPolicy, context: EvaluationContext
+) -> dict[str, Any]:
+    """Run one evaluator and show its tables."""
+    metrics = evaluator.evaluate(model, context)
     for table in evaluator.tables(metrics):
         context.console.print(table)
         context.console.print()
@@ -295,13 +318,36 @@ def _reward_model(path: str, tokens_per_microbatch: int, settings: Mapping[str, 
     return scorer
 
 
-def _describe(model: Any, path: str) -> dict[str, Any]:
+def _meaning(scorer: Any) -> ScoreMeaning:
+    """What the export of a loaded reward model tells of its scores."""
+    return ScoreMeaning.of(scorer.model.spec)
+
+
+def _own_reward_line(meaning: ScoreMeaning, attribute_names: tuple[str, ...]) -> str:
+    """What stands in the row that models share."""
+    if meaning.weights is not None:
+        return f"{OWN_REWARD}: weighted by {meaning.weights.name}, which is stored with the model"
+    if len(attribute_names) == 1:
+        return f"{OWN_REWARD}: the model's only score, {attribute_names[0]}"
+    return f"{OWN_REWARD}: none, as the model has several scores and no weighting stored with it"
+
+
+def _add_gains(columns: Mapping[str, dict[str, str]], gains: Mapping[str, Any]) -> None:
+    """Add a row: what the own reward of each model gains on that of the first."""
+    row = f"{OWN_REWARD}, points over {next(iter(columns))}"
+    for model, gain in gains.items():
+        columns[model][row] = with_interval(gain, 1, 100.0)
+
+
+def _describe(model: Any, path: str, meaning: ScoreMeaning) -> dict[str, Any]:
     """What figures depend on beside the weights: the template and the limits, by hash."""
     of_rewards = (
         {}
         if isinstance(model, EvaluatedPolicy)
         else {
             "attribute_names": model.attribute_names,
+            "own_reward": meaning.own_weights(model.attribute_names),
+            "scores_are_ratings": meaning.are_ratings,
             "cuts_in_this_run": asdict(model.cuts),
         }
     )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _SHOWS = ("help", "hydra_help", "info", "cfg", "shell_completion")
 
 
 def parse_arguments(command: ConfigCommand, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse Hydra's own flags and overrides, in any order.
+    """Parse Hydra's own flags, the command's and overrides, in any order.
 
     Args:
         command: Whose arguments they are.
@@ -33,7 +34,7 @@ def parse_arguments(command: ConfigCommand, argv: Sequence[str]) -> argparse.Nam
 
     parser = get_args_parser()
     parser.prog = f"helpsteer2 {command.name}"
-    args = parser.parse_intermixed_args(list(argv))
+    args = parser.parse_intermixed_args([command.flags.get(text, text) for text in argv])
     if sum([args.run, args.cfg is not None, args.multirun, args.info is not None]) > 1:
         parser.error("only one of --run, --multirun, --cfg and --info can be given")
     if args.resolve and args.cfg is None:
@@ -120,7 +121,7 @@ def run_hydra(
         nonlocal began
         sys.argv, began = typed, True
         if sweep is not None:
-            return sweep.run(job.get("optimized_metric"), lambda its: _run_job(command, job, its))
+            return sweep.run(job.get("optimized_metric"), partial(_run_job, command, job))
         try:
             return _run_job(command, job)
         except UserError as error:

@@ -14,8 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from helpsteer2.commands import CONFIG_COMMANDS
+from helpsteer2.commands.launch import build
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.config.compose import conf_dir
+from helpsteer2.config.rules import Settings
 from helpsteer2.errors import UserError
 from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.plan import Commands, PlannedStage, plan
@@ -75,10 +77,8 @@ def pipeline(
             "trainer.devices > 1 starts its own ranks"
         )
     started, start = datetime.now(timezone.utc), time.monotonic()
-    folder, stages_folder = RunFolder(run_dir), Path(stages_dir).expanduser().absolute()
-    contents = Contents(stages_folder / ".contents.json")
-    stages = plan(pipeline.stages(seed), commands_of_run(), stages_folder, contents)
-    console = Console()
+    folder, console = RunFolder(run_dir), Console()
+    stages, contents = planned(pipeline, seed, stages_dir, commands_of_run())
     if dry_run:
         statuses = statuses_of(stages, contents)
         shown = console if console.is_terminal else Console(width=WIDTH)
@@ -114,6 +114,45 @@ def pipeline(
     from helpsteer2.commands.evaluate import find_metric
 
     return find_metric(metrics, optimized_metric)
+
+
+def planned(
+    pipeline: Pipeline, seed: int, stages_dir: str, commands: Commands
+) -> tuple[list[PlannedStage], Contents]:
+    """Compose and check every stage.
+
+    Args:
+        pipeline: The recipe.
+        seed: Seed of every stage.
+        stages_dir: Folder of the stages' folders.
+        commands: What stages can be.
+
+    Returns:
+        The plan, and what knows the hashes of files.
+
+    Raises:
+        ConfigError: With the mistakes of all stages.
+        UserError: If a file that a stage reads cannot be read.
+    """
+    folder = Path(stages_dir).expanduser().absolute()
+    contents = Contents(folder / ".contents.json")
+    return plan(pipeline.stages(seed), commands, folder, contents), contents
+
+
+def checked_stages(job: Settings, commands: Commands) -> list[str]:
+    """Names of the stages that a configuration asks for, after a look at each.
+
+    Args:
+        job: Checked settings of ``helpsteer2 pipeline``.
+        commands: What stages can be.
+
+    Raises:
+        ConfigError: With the mistakes of all stages.
+        UserError: If a file that a stage reads cannot be read.
+    """
+    pipeline = build({"pipeline": job.given("pipeline")})["pipeline"]
+    stages, _ = planned(pipeline, job["seed"], job["stages_dir"], commands)
+    return [stage.name for stage in stages]
 
 
 def stages_table(stages: Sequence[PlannedStage], statuses: Mapping[str, Status]) -> Table:

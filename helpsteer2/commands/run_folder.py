@@ -8,18 +8,31 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
 from helpsteer2.errors import UserError
-from helpsteer2.records import plain, write_atomic, write_json_atomic
+from helpsteer2.records import append, plain, reason, write_atomic, write_json_atomic
 
 LOGGED = ("helpsteer2", "pytorch_lightning", "py.warnings")
 """Loggers whose messages belong to a run."""
+
+
+class _LogFile(logging.FileHandler):
+    """A log without which a run goes on: whoever cannot write what matters says so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing of a message that is lost; the console has it."""
+
+    def close(self) -> None:
+        """Close the file, whether or not the last messages can be written."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class RunFolder:
@@ -53,22 +66,20 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "run.lock").open("a+", encoding="utf-8")
+            file = (self.path / "run.lock").open("a+b", buffering=0)
         except OSError as error:
-            raise UserError(
-                f"run_dir={self.path} cannot be written: {error.strerror or error}"
-            ) from error
+            raise UserError(f"run_dir={self.path} cannot be written: {reason(error)}") from error
         with file:
             self._lock(file)
             yield
 
-    def _lock(self, file: IO[str]) -> None:
+    def _lock(self, file: FileIO) -> None:
         # A lock of the process: workers it forks do not keep it alive, as they would with flock.
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            owner = file.read().strip() or "unknown"
+            owner = file.read().decode().strip() or "unknown"
             raise UserError(
                 f"run_dir={self.path} is in use by process {owner}: wait for it, stop it, or "
                 "choose another run_dir"
@@ -78,14 +89,16 @@ class RunFolder:
                 f"run_dir={self.path} is on a file system without locks ({error.strerror}): "
                 "choose a run_dir elsewhere"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            file.truncate(0)
+            append(file, str(os.getpid()).encode())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}/run.lock: {reason(error)}") from error
 
     @contextlib.contextmanager
     def logging(self, console: Console) -> Iterator[None]:
         """Send messages to ``run.log`` and to the console until the end of the block."""
-        to_file = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        to_file = _LogFile(self.path / "run.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         to_console: logging.Handler
         if console.is_terminal:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.sample_store import SampleStore
-from helpsteer2.data.groups import Group, GroupSource, read_all
+from helpsteer2.data.groups import Group, GroupSource, read_prompts
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import model_key
@@ -47,7 +47,7 @@ def sample(
         model: Folder of the policy, or its Hub id.
         dtype: Type of the weights, for ``engine=local``.
         attention: Attention backend of the prompts, for ``engine=local``.
-        data: Where the prompts are; their responses are not looked at.
+        data: Where the prompts are, with or without responses.
         split: The split of them to read.
         max_prompts: Only so many of the first prompts; None for all.
         lengths: Longest prompt and response. Longer prompts are left out, counted and named.
@@ -63,7 +63,7 @@ def sample(
     started, console = datetime.now(timezone.utc), Console()
     folder = RunFolder(run_dir)
     with folder.locked():
-        prompts = list(read_all(data, split))[:max_prompts]
+        prompts = list(read_prompts(data, split))[:max_prompts]
         sampler = engine.open(model, dtype, attention)
         settings = {
             "model": {"path": model, "hash": model_key(model), "ids_hash": sampler.ids_hash},

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from helpsteer2.data.groups import Group
 from helpsteer2.data.sources.group_rows import group_row
 from helpsteer2.errors import UserError
-from helpsteer2.records import write_atomic
+from helpsteer2.records import append, reason, write_atomic
 
 
 class SampleStore:
@@ -30,10 +30,10 @@ class SampleStore:
         # Of each place, where its row begins in the file and how long it is. A later line counts.
         self._rows: dict[int, tuple[int, int]] = {}
         try:
-            self._file: BinaryIO = path.open("a+b")
+            self._file = path.open("ab", buffering=0)
+            self._end = self._read()
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-        self._end = self._read()
+            raise UserError(f"cannot write {path}: {reason(error)}") from error
 
     def __enter__(self) -> SampleStore:
         return self
@@ -43,16 +43,16 @@ class SampleStore:
 
     def _read(self) -> int:
         """Find the rows of an earlier run; where the last whole line ends."""
-        self._file.seek(0)
         end = 0
-        for line in self._file:
-            place, tab, row = line.partition(b"\t")
-            if not line.endswith(b"\n"):
-                break
-            if not tab or not place.isdigit():
-                raise UserError(f"{self._path} is damaged: remove it and start again")
-            self._rows[int(place)] = (end + len(place) + 1, len(row))
-            end += len(line)
+        with self._path.open("rb") as file:
+            for line in file:
+                place, tab, row = line.partition(b"\t")
+                if not line.endswith(b"\n"):
+                    break
+                if not tab or not place.isdigit():
+                    raise UserError(f"{self._path} is damaged: remove it and start again")
+                self._rows[int(place)] = (end + len(place) + 1, len(row))
+                end += len(line)
         self._file.truncate(end)
         return end
 
@@ -74,12 +74,10 @@ class SampleStore:
         row = json.dumps(group_row(group, ()), ensure_ascii=False, allow_nan=False).encode()
         head = f"{place}\t".encode()
         try:
-            self._file.write(head + row + b"\n")
-            self._file.flush()
+            append(self._file, head + row + b"\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror or error}; the groups before are "
-                "kept, and the same command goes on from there"
+                f"cannot write {self._path}: {reason(error)}; the groups before are kept"
             ) from error
         self._rows[place] = (self._end + len(head), len(row) + 1)
         self._end += len(head) + len(row) + 1
@@ -100,12 +98,13 @@ class SampleStore:
         counts = _Counts()
 
         def write(file: BinaryIO) -> None:
-            for place in sorted(self._rows):
-                start, length = self._rows[place]
-                self._file.seek(start)
-                line = self._file.read(length)
-                counts.add(json.loads(line))
-                file.write(line)
+            with self._path.open("rb") as rows:
+                for place in sorted(self._rows):
+                    start, length = self._rows[place]
+                    rows.seek(start)
+                    line = rows.read(length)
+                    counts.add(json.loads(line))
+                    file.write(line)
 
         write_atomic(path, write)
         return counts.figures()
@@ -127,8 +126,8 @@ class _Counts:
         self.samples += len(row["responses"])
         self.tokens += sum(map(len, row["response_ids"]))
         self.empty += sum(not text.strip() for text in row["responses"])
-        for reason in row["finish_reasons"]:
-            self.finish_reasons[reason] += 1
+        for ending in row["finish_reasons"]:
+            self.finish_reasons[ending] += 1
         if "logprobs" not in row:
             self.without_logprobs += len(row["responses"])
 

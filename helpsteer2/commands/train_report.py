@@ -35,7 +35,7 @@ def result_of(
         last_validation: Metrics of the last validation.
         optimized: Name and value of the optimized metric.
         fingerprints: Hashes of data, tokenizer and template.
-        reports: What tokenising counted, by split.
+        reports: What tokenising counted, by split and over both.
         speed: Throughput over all steps of the run.
         wall_seconds: Time of the process that finished the run.
         config: The whole configuration.
@@ -80,6 +80,14 @@ def print_summary(console: Console, folder: RunFolder, result: Mapping[str, Any]
             highlight=False,
         )
         console.print(_table(figures))
+    shared = result["data"].get("validation_prompts_in_train")
+    if shared:
+        console.print(
+            f"prompts of {shared} validation groups also stand in train: figures on new prompts "
+            "may be worse",
+            soft_wrap=True,
+            highlight=False,
+        )
     lines = [f"model    {folder.export}", f"record   {folder.path / 'result.json'}"]
     if (folder.export / SPEC_FILE).exists():
         lines.append(f"next     helpsteer2 evaluate model={folder.export}")

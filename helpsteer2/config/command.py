@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,11 @@ class ConfigCommand:
         summary: One line for the help.
         target: Dotted path of the function.
         config_name: Name of its root file in ``conf``.
+        flags: Flags that may be typed in place of an override, and that override.
     """
 
     name: str
     summary: str
     target: str
     config_name: str
+    flags: Mapping[str, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, RATING_MAX, RATING_MIN
@@ -78,13 +78,16 @@ def detect_schema(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return "helpsteer2" if sum(run == 2 for run in whole) * 2 >= len(whole) else "helpsteer"
 
 
-def check_columns(rows: Iterable[Row], schema: str, report: Report) -> Iterator[Row]:
+def check_columns(
+    rows: Iterable[Row], schema: str, report: Report, unused: Collection[str] = ()
+) -> Iterator[Row]:
     """Hand rows on, unless the first ones show that the whole file has another schema.
 
     Args:
         rows: Rows of one table.
         schema: The schema expected, a key of ``SCHEMAS``.
         report: Called once for each column that is missing from all the first rows.
+        unused: Columns that may be missing.
 
     Yields:
         The rows, or none if the schema is wrong.
@@ -96,19 +99,22 @@ def check_columns(rows: Iterable[Row], schema: str, report: Report) -> Iterator[
         if len(peeked) == PEEKED_ROWS:
             break
     readable = [row for row in peeked if row.values is not None]
-    problems = schema_problems(readable, schema) if readable else []
+    problems = schema_problems(readable, schema, unused) if readable else []
     for problem in problems:
         report(problem)
     if not problems:
         yield from itertools.chain(peeked, stream)
 
 
-def schema_problems(rows: Sequence[Row], schema: str | None) -> list[Problem]:
+def schema_problems(
+    rows: Sequence[Row], schema: str | None, unused: Collection[str] = ()
+) -> list[Problem]:
     """What keeps some rows from being of a schema.
 
     Args:
         rows: The first readable rows of a file.
         schema: The schema expected; None for any.
+        unused: Columns that may be missing.
 
     Returns:
         One problem for each missing or misspelt column, or a single one if the file is in
@@ -118,7 +124,7 @@ def schema_problems(rows: Sequence[Row], schema: str | None) -> list[Problem]:
     values = [row.values for row in rows if row.values is not None]
     columns = _columns(values)
     expected = schema or closest_schema(columns)
-    missing = [name for name in SCHEMAS[expected] if name not in columns]
+    missing = [name for name in SCHEMAS[expected] if name not in {*columns, *unused}]
     if not missing:
         return _misspelt_columns(file, columns, expected) + _wrong_content(file, values, expected)
     found = f"found {', '.join(sorted(columns))}"

@@ -41,7 +41,7 @@ class Group:
         id: Unique within its data set.
         source: Where it was read: ``file:line`` of its first row.
         prompt: Chat messages; the last one is from the user.
-        responses: n texts.
+        responses: n texts; none only where the prompts of a source are read, for sampling.
         attributes: n × A ratings 0–4 in the order of the source's ``attribute_names``, None where
             unknown; None as a whole if nothing is rated.
         annotations: n × A × raters, the ratings of the single annotators; None if not known.
@@ -92,6 +92,10 @@ class GroupSource(Protocol):
         """Stream the groups of a split in a fixed order, reporting every bad row."""
         ...
 
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream what a policy can answer: groups whose responses, if any, are of no interest."""
+        ...
+
     def fingerprint(self, split: str) -> str:
         """Hash that changes whenever ``read`` would give something else."""
         ...
@@ -111,9 +115,32 @@ def read_all(source: GroupSource, split: str) -> Iterator[Group]:
     Raises:
         DataError: After the last row, with every problem at once; also if there is no group.
     """
+    return _refusing(source, split, source.read)
+
+
+def read_prompts(source: GroupSource, split: str) -> Iterator[Group]:
+    """Stream the prompts of a split as ``read_all`` streams its groups.
+
+    Args:
+        source: Where to read.
+        split: ``train``, ``validation``, …
+
+    Yields:
+        The good groups, with or without responses.
+
+    Raises:
+        DataError: After the last row, with every problem at once; also if there is no prompt.
+    """
+    return _refusing(source, split, source.prompts)
+
+
+def _refusing(
+    source: GroupSource, split: str, read: Callable[[str, Report], Iterator[Group]]
+) -> Iterator[Group]:
+    """What ``read`` streams, and all that it reports as an error at the end."""
     problems: list[Problem] = []
     empty = True
-    for group in source.read(split, problems.append):
+    for group in read(split, problems.append):
         empty = False
         yield group
     if empty and not problems:

@@ -142,8 +142,9 @@ class RaterAgreement:
         Returns:
             For each stage ``prompts``, ``raters_a_response``, ``attributes`` with ``rated``
             responses, ``raters`` a response, ``pairs`` of raters and ``kappa`` by pooling, and
-            ``preferences`` (None if no pair can be compared). Figures with an interval are
-            ``Interval``; NaN where one cannot be computed.
+            ``preferences`` (None without an attribute helpfulness) with ``compared`` pairs of
+            responses, those ``not_comparable``, and ``shares`` by class (None if no pair is
+            compared). Figures with an interval are ``Interval``; NaN where one cannot be computed.
         """
         for stage in STAGES:
             self._flush(stage)
@@ -163,7 +164,7 @@ class RaterAgreement:
                 name: _attribute(columns)
                 for name, columns in zip(self._names, attributes, strict=True)
             },
-            "preferences": _preferences(pairs),
+            "preferences": None if self._reference is None else _preferences(pairs),
         }
 
 
@@ -187,23 +188,27 @@ def _attribute(columns: FloatArray) -> dict[str, Any]:
     }
 
 
-def _preferences(columns: FloatArray) -> dict[str, Any] | None:
+def _preferences(columns: FloatArray) -> dict[str, Any]:
     """Shares of the classes of divergence from their sums, ``(1 + resamples, _OF_PAIRS)``."""
     not_comparable, classes = columns[:, 0], columns[:, 1:]
+    compared = int(classes[0].sum())
+    return {
+        "compared": compared,
+        "not_comparable": int(not_comparable[0]),
+        "shares": _shares(classes) if compared else None,
+    }
+
+
+def _shares(classes: FloatArray) -> dict[str, Interval]:
+    """Share of each class of divergence from their counts, ``(1 + resamples, classes)``."""
     compared = classes.sum(axis=1)
-    if not compared[0]:
-        return None
-    shares = {
+    shares: dict[str, Interval] = {
         name: _interval(_ratio(counts, compared))
         for name, counts in zip(DIVERGENCES, classes.T, strict=True)
     }
     # The published share of diverging pairs holds the substantial ones too.
     shares["diverging"] = _interval(_ratio(classes[:, 2] + classes[:, 3], compared))
-    return {
-        "compared": int(compared[0]),
-        "not_comparable": int(not_comparable[0]),
-        "shares": shares,
-    }
+    return shares
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:

@@ -63,6 +63,20 @@ class Part:
         return " or ".join(f"{self.stem}{suffix}" for suffix in SUFFIXES)
 
 
+def problem_at(place: str, message: str) -> Problem:
+    """A problem of a group as a whole.
+
+    Args:
+        place: Where it was read, as ``Group.source`` has it: ``file:line``, or what stands for it
+            where there is no file.
+        message: What is wrong.
+    """
+    file, _, line = place.rpartition(":")
+    if file and line.isdigit():
+        return Problem(file, int(line), None, message)
+    return Problem(place, None, None, message)
+
+
 def local_path(path: str) -> Path | None:
     """Resolve a path given by a user.
 

@@ -22,6 +22,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from helpsteer2.data.overlap import GroupHashes
 from helpsteer2.data.tokens import TokenGroup
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -129,7 +130,7 @@ class TokenisedGroups:
         selected.report = {**self.report, **counts}
         selected.lengths = self.lengths[positions]
         selected.ids = self.ids.select(positions)
-        selected._members = np.asarray(self._members, dtype=np.int64)[positions]
+        selected._members = self.indices[positions]
         return selected
 
     def with_ref_logprobs(self, sums: npt.NDArray[np.float32]) -> TokenisedGroups:
@@ -155,6 +156,11 @@ class TokenisedGroups:
         return np.asarray(self._strength[self._members])
 
     @property
+    def indices(self) -> npt.NDArray[np.int64]:
+        """``(G,)`` int64, position of each group in its data set."""
+        return np.asarray(self._members, dtype=np.int64)
+
+    @property
     def n_responses(self) -> npt.NDArray[np.int64]:
         """``(G,)`` int64, responses of each group."""
         return self._all_n_responses()[self._members]
@@ -175,7 +181,7 @@ class TokenisedGroups:
     def _responses(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Stored group and number within it, ``(R,)`` each, of the responses of these groups."""
         n_responses = self.n_responses
-        owners = np.repeat(np.asarray(self._members, dtype=np.int64), n_responses)
+        owners = np.repeat(self.indices, n_responses)
         before = np.repeat(n_responses.cumsum() - n_responses, n_responses)
         return owners, np.arange(len(owners)) - before
 
@@ -205,6 +211,19 @@ class TokenisedGroups:
             ref_logprobs=None if self._ref_logprobs is None else self._ref_logprobs[rows].copy(),
             prompt_mask=trained if trained.any() else None,
         )
+
+    def hashes(self) -> GroupHashes:
+        """What tells each group by its ids, so as a model reads it: cut to the limits."""
+        hashes = GroupHashes()
+        # Slicing a memory map as such takes longer than hashing what it gives.
+        tokens, segments = np.asarray(self._tokens), np.asarray(self._segments)
+        first_segments = np.asarray(self._first_segments)
+        for i in self._members:
+            first, end = first_segments[i : i + 2]
+            borders = pairwise(segments[first : end + 1].tolist())
+            prompt, *responses = (tokens[a:b].tobytes() for a, b in borders)
+            hashes.add(prompt, responses)
+        return hashes
 
     def rating_means(self) -> npt.NDArray[np.float64]:
         """Mean of the known ratings of each attribute, ``(A,)``; NaN where none is known."""

@@ -17,10 +17,12 @@ from helpsteer2.data.chat import BoundChat, boundary_difference
 from helpsteer2.data.group_encoder import GroupEncoder
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.lengths import CutReport, LengthLimits
+from helpsteer2.data.rows import problem_at
 from helpsteer2.data.token_store import TokenisedGroups, TokenWriter, open_store
 from helpsteer2.data.tokenizer import tokenizer_hash
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import DataError, Problem, UserError
+from helpsteer2.records import reason
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,9 @@ def tokenise(
                     _write(folder, key, source, split, chat, limits, attribute_names, close_cut)
                     groups = open_store(folder, key)
         except OSError as error:
-            raise UserError(f"cannot write tokenised data to {folder.parent}: {error}") from error
+            raise UserError(
+                f"cannot write tokenised data to {folder.parent}: {reason(error)}"
+            ) from error
     if groups is None:
         raise UserError(f"tokenised data cannot be read back from {folder}: is the disk in order?")
     _log_cuts(split, groups.report, limits)
@@ -155,7 +159,7 @@ def _write(
             for chunk in _chunks(_readable(source, split, problems)):
                 for group, encoded in zip(chunk, encoder.encode(chunk, index), strict=True):
                     if isinstance(encoded, UserError):
-                        problems.append(_problem(group, str(encoded)))
+                        problems.append(problem_at(group.source, str(encoded)))
                     else:
                         writer.add(encoded, group.id)
                 index += len(chunk)
@@ -217,14 +221,6 @@ def _chunks(groups: Iterable[Group]) -> Iterator[list[Group]]:
     iterator = iter(groups)
     while chunk := list(islice(iterator, CHUNK)):
         yield chunk
-
-
-def _problem(group: Group, message: str) -> Problem:
-    """A problem at the row where the group was read."""
-    file, _, line = group.source.rpartition(":")
-    if file and line.isdigit():
-        return Problem(file, int(line), None, message)
-    return Problem(group.source, None, None, message)
 
 
 def _log_cuts(split: str, report: dict[str, int], limits: LengthLimits) -> None:

@@ -14,8 +14,8 @@ from helpsteer2.data.groups import Group
 from helpsteer2.evaluation.scoring import (
     EvaluationContext,
     Scorer,
+    model_weightings,
     score_groups,
-    usable_weightings,
 )
 from helpsteer2.functional.statistics import (
     FloatArray,
@@ -174,7 +174,7 @@ def compare(
     Raises:
         UserError: If no weighting fits, a score is not finite, or scores cannot be written.
     """
-    chosen = usable_weightings(context.weightings, scorer.attribute_names)
+    chosen = model_weightings(context, scorer.attribute_names)
     data_key = fingerprint(comparisons)
     scores = score_groups(
         name,

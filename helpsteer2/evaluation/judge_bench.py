@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 from rich.table import Table
@@ -99,6 +99,18 @@ class JudgeBench:
         if self.resamples < 1:
             raise UserError("resamples must be at least 1")
 
+    @cached_property
+    def _pairs(self) -> tuple[Comparison, ...]:
+        return load_judge_bench(self.path, self.split)
+
+    def check(self) -> None:
+        """Read all pairs, of which any model is then scored.
+
+        Raises:
+            UserError: If the data cannot be found, or a row is bad.
+        """
+        _ = self._pairs
+
     def evaluate(self, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
         """Score all pairs once and compute every figure under every weighting.
 
@@ -114,7 +126,7 @@ class JudgeBench:
             DataError: If a row is bad, or its label or source unknown.
             UserError: If the data cannot be found, no weighting fits, or a score is not finite.
         """
-        pairs = load_judge_bench(self.path, self.split)
+        pairs = self._pairs
         every = tuple(SOURCES)
         name = f"judge_bench-{self.split}"
         compared = compare(name, pairs, every, scorer, context, self.resamples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.table import Table
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.comparisons import Aggregate, Comparison, compare
+from helpsteer2.evaluation.meaning import OWN_REWARD
 from helpsteer2.evaluation.report import (
     keep_whole,
     named_table,
@@ -20,8 +22,54 @@ from helpsteer2.evaluation.report import (
     percent_with_interval,
 )
 from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
-from helpsteer2.functional.statistics import pearson
+from helpsteer2.functional.statistics import (
+    FloatArray,
+    IntArray,
+    cluster_bootstrap,
+    pearson,
+    percentile_interval,
+)
 from helpsteer2.records import plain
+
+
+@dataclass(frozen=True)
+class DecidedPairs:
+    """The preferences of a split that have a winner.
+
+    Attributes:
+        comparisons: The pairs, the preferred response first.
+        strength: ``(N,)`` as it is told: below 0 the first response of the data is preferred.
+        undecided: How many pairs have strength 0.
+        unknown: How many groups have no preference.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    strength: IntArray
+    undecided: int
+    unknown: int
+
+    @classmethod
+    def read(cls, data: GroupSource, split: str) -> DecidedPairs:
+        """Read a split.
+
+        Raises:
+            DataError: If a row is bad.
+            UserError: If no pair is decided, or a preference is not between two.
+        """
+        decided: list[Group] = []
+        counts = {0: 0, None: 0}
+        for group in read_all(data, split):
+            if group.preference_strength:
+                decided.append(group)
+            else:
+                counts[group.preference_strength] += 1
+        if not decided:
+            raise UserError(
+                f"no preference of the split {split!r} has a winner: {counts[0]} pairs have "
+                f"strength 0, {counts[None]} groups have no preference_strength"
+            )
+        strength = np.array([group.preference_strength for group in decided], dtype=np.int64)
+        return cls(tuple(map(_comparison, decided)), strength, counts[0], counts[None])
 
 
 @dataclass(frozen=True)
@@ -48,6 +96,18 @@ class PreferenceEvaluation:
         if self.resamples < 1:
             raise UserError("resamples must be at least 1")
 
+    @cached_property
+    def _pairs(self) -> DecidedPairs:
+        return DecidedPairs.read(self.data, self.split)
+
+    def check(self) -> None:
+        """Read all pairs, of which any model is then scored.
+
+        Raises:
+            UserError: If a row is bad, or no pair is decided.
+        """
+        _ = self._pairs
+
     def evaluate(self, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
         """Score all pairs once and compute every figure under every weighting.
 
@@ -57,26 +117,17 @@ class PreferenceEvaluation:
 
         Returns:
             ``weightings`` (each with ``accuracy``, ``half_credit_accuracy``, ``ties``,
-            ``strength_pearson`` and ``subsets``, one a strength), and the counts.
+            ``strength_pearson`` and ``subsets``, one a strength), ``outcomes`` of the own reward (a
+            character a pair: ``1`` right, ``0`` wrong, ``=`` equal), and the counts.
 
         Raises:
             DataError: If a row of the data is bad.
             UserError: If no pair is decided, no weighting fits, or a score is not finite.
         """
-        groups = list(read_all(self.data, self.split))
-        decided = [group for group in groups if group.preference_strength]
-        unknown = sum(group.preference_strength is None for group in groups)
-        undecided = len(groups) - len(decided) - unknown
-        if not decided:
-            raise UserError(
-                f"no preference of the split {self.split!r} has a winner: {undecided} pairs have "
-                f"strength 0, {unknown} groups have no preference_strength"
-            )
-        strength = np.array([abs(group.preference_strength or 0) for group in decided])
-        subsets = [_subset(m) for m in np.unique(strength)]
-        comparisons = [_comparison(group) for group in decided]
+        pairs = self._pairs
+        subsets = [_subset(m) for m in np.unique(np.abs(pairs.strength))]
         name = f"preferences-{self.split}"
-        compared = compare(name, comparisons, subsets, scorer, context, self.resamples)
+        compared = compare(name, pairs.comparisons, subsets, scorer, context, self.resamples)
         weightings = {}
         for weighting, wins in compared.wins.items():
             by_strength = compared.subset_figures(weighting)
@@ -88,16 +139,18 @@ class PreferenceEvaluation:
             weightings[weighting] = {
                 **counts,
                 "accuracy": wins.figure(_over_all(by_strength), subsets),
-                "half_credit_accuracy": (counts["right"] + counts["ties"] / 2) / len(decided),
-                "strength_pearson": pearson(gain * _sign(decided), strength * _sign(decided)),
+                "half_credit_accuracy": (counts["right"] + counts["ties"] / 2) / len(gain),
+                "strength_pearson": pearson(gain * np.sign(pairs.strength), pairs.strength),
                 "subsets": by_strength,
             }
+        own = compared.wins.get(OWN_REWARD)
         result = {
             "split": self.split,
-            "pairs": len(decided),
-            "undecided": undecided,
-            "without_preference": unknown,
+            "pairs": len(pairs.comparisons),
+            "undecided": pairs.undecided,
+            "without_preference": pairs.unknown,
             **compared.record,
+            "outcomes": _outcomes(own.margins[:, 0, 0]) if own is not None else None,
             "weightings": weightings,
         }
         return dict(plain(result))
@@ -144,6 +197,42 @@ class PreferenceEvaluation:
             for name, figures in result["weightings"].items()
         }
 
+    def gains(self, results: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+        """Accuracy of each model's own reward minus that of the first model, pair by pair.
+
+        Args:
+            results: Of ``evaluate``, by model.
+            seed: Seed of the bootstrap.
+
+        Returns:
+            ``value``, ``low`` and ``high`` of each model but the first; unknown where one of the
+            two has no own reward.
+        """
+        pairs = self._pairs.comparisons
+        wins = np.stack([_wins(of["outcomes"], len(pairs)) for of in results.values()], axis=1)
+        differences = wins[:, 1:] - wins[:, :1]
+        draws = cluster_bootstrap(
+            lambda rows: differences[rows].mean(0),
+            [pair.prompt_key for pair in pairs],
+            strata=[pair.subset for pair in pairs],
+            resamples=self.resamples,
+            seed=seed,
+        )
+        columns = zip(list(results)[1:], differences.mean(0), draws.T, strict=True)
+        return {name: plain(percentile_interval(gain, of)) for name, gain, of in columns}
+
+
+def _outcomes(margins: FloatArray) -> str:
+    """A character a pair."""
+    return "".join("0=1"[int(sign)] for sign in np.sign(margins) + 1)
+
+
+def _wins(outcomes: str | None, n: int) -> FloatArray:
+    """``(n,)`` 1 for a right pair and 0 for others; NaN if nothing is known of any."""
+    if outcomes is None:
+        return np.full(n, np.nan)
+    return np.array([float(outcome == "1") for outcome in outcomes])
+
 
 def _subset(strength: int) -> str:
     return f"strength {strength}"
@@ -161,11 +250,6 @@ def _comparison(group: Group) -> Comparison:
     return Comparison(
         _subset(abs(strength)), Group(group.id, group.source, group.prompt, (better, worse))
     )
-
-
-def _sign(groups: list[Group]) -> np.ndarray:
-    """Which response is preferred: −1 the first, 1 the second."""
-    return np.sign([group.preference_strength or 0 for group in groups])
 
 
 def _over_all(subsets: Mapping[str, Mapping[str, Any]]) -> Aggregate:

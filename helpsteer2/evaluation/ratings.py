@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +23,9 @@ from helpsteer2.evaluation.scoring import (
     EvaluationContext,
     ModelKind,
     Scorer,
+    model_weightings,
     score_groups,
-    usable_weightings,
+    told_together,
 )
 from helpsteer2.functional import statistics
 from helpsteer2.functional.statistics import FloatArray, IntArray, Interval
@@ -41,6 +43,9 @@ ROW_FIGURES = {
 }
 
 
+UNKNOWN = Interval(np.nan, np.nan, np.nan)
+
+
 @dataclass(frozen=True)
 class RatingEvaluation:
     """Compare scores with held-out ratings.
@@ -49,7 +54,8 @@ class RatingEvaluation:
     one prompt (ties apart) and calibration, for the model and for two predictors fitted on the
     training split: its mean, and least squares on the length of the response. For each weighting:
     how often the reward orders a pair as its helpfulness ratings do. Intervals are 95 % and
-    resample prompts; differences are paired.
+    resample prompts; differences are paired. Of a model whose scores are no ratings, errors are
+    unknown: it is judged by order and correlation.
 
     Args:
         data: Rated groups.
@@ -72,6 +78,22 @@ class RatingEvaluation:
         if self.resamples < 1 or self.calibration_bins < 1:
             raise UserError("resamples and calibration_bins must be at least 1")
 
+    @cached_property
+    def _test(self) -> RatedSplit:
+        return read_rated(self.data, self.split)
+
+    @cached_property
+    def _train(self) -> RatedSplit:
+        return self._test if self.train_split is None else read_rated(self.data, self.train_split)
+
+    def check(self) -> None:
+        """Read both splits, and keep their numbers: the texts are streamed to every model.
+
+        Raises:
+            UserError: If a row is bad.
+        """
+        told_together(lambda: self._test, lambda: self._train)
+
     def evaluate(self, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
         """Score the split once and compute every figure.
 
@@ -80,15 +102,14 @@ class RatingEvaluation:
             context: Weightings, seed, and the folder that keeps the scores.
 
         Returns:
-            ``attributes``, ``weightings`` and the counts behind them.
+            ``attributes``, ``weightings``, ``scores_are_ratings`` and the counts behind them.
 
         Raises:
             DataError: If a row of the data is bad.
             UserError: If no weighting fits the model, or a score is not finite.
         """
-        chosen = usable_weightings(context.weightings, scorer.attribute_names)
-        test = read_rated(self.data, self.split)
-        train = test if self.train_split is None else read_rated(self.data, self.train_split)
+        chosen = model_weightings(context, scorer.attribute_names)
+        train, test = self._train, self._test
         scores = score_groups(
             f"ratings-{self.split}",
             self.data.fingerprint(self.split),
@@ -106,7 +127,9 @@ class RatingEvaluation:
                 rated = self.data.attribute_names.index(name)
                 predictors = {"model": scores[:, column]}
                 predictors |= {key: values[:, rated] for key, values in baselines.items()}
-                attributes[name] |= self._attribute(predictors, rated, test, pairs, context.seed)
+                figures = self._attribute(predictors, rated, test, pairs, context.seed)
+                unit = context.meaning.are_ratings
+                attributes[name] |= figures if unit else _without_errors(figures)
         rewards = {
             weights.name: np.asarray(weights.reward(scores, scorer.attribute_names))
             for weights in chosen.weightings
@@ -117,6 +140,7 @@ class RatingEvaluation:
             "baselines_fitted_on": self.train_split or self.split,
             "prompts": len(test.sizes),
             "responses": len(test.ratings),
+            "scores_are_ratings": context.meaning.are_ratings,
             "pairs": len(pairs),
             "attributes": attributes,
             "weightings": {
@@ -132,18 +156,18 @@ class RatingEvaluation:
         return rating_tables(result)
 
     def headlines(self, result: Mapping[str, Any]) -> dict[str, str]:
-        """Error, correlation and pair accuracy of each attribute, then of each weighting."""
+        """Pair accuracy of each weighting, then error, correlation and pairs of each attribute."""
         figures = {}
+        for name, reward in result["weightings"].items():
+            if reward["pairs_by_helpfulness"] is not None:
+                accuracy = reward["pairs_by_helpfulness"]["accuracy"]
+                figures[f"{name}, pairs by helpfulness %"] = percent_with_interval(accuracy)
         for name, attribute in result["attributes"].items():
             if "predictors" in attribute:
                 model = attribute["predictors"]["model"]
                 figures[f"{name}, MSE"] = with_interval(model["mse"], 2)
                 figures[f"{name}, r"] = with_interval(model["pearson"], 2)
                 figures[f"{name}, pairs %"] = percent_with_interval(model["pairs"]["accuracy"])
-        for name, reward in result["weightings"].items():
-            if reward["pairs_by_helpfulness"] is not None:
-                accuracy = reward["pairs_by_helpfulness"]["accuracy"]
-                figures[f"{name}, pairs by helpfulness %"] = percent_with_interval(accuracy)
         return figures
 
     def _attribute(
@@ -247,6 +271,18 @@ class RatingEvaluation:
 
     def _mean(self, values: FloatArray, prompts: IntArray, seed: int) -> Interval:
         return statistics.mean_interval(values, prompts, resamples=self.resamples, seed=seed)
+
+
+def _without_errors(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of an attribute whose scores have no unit: what compares them with ratings goes."""
+    model = dict(figures["predictors"]["model"])
+    model |= dict.fromkeys(("mse", "mae", "r2"), UNKNOWN) | {"calibration_error": np.nan}
+    gains = dict.fromkeys(("mse_gain_over_mean", "mse_gain_over_length"), UNKNOWN)
+    return {
+        **figures,
+        "predictors": {**figures["predictors"], "model": model},
+        "differences": {**figures["differences"], **gains},
+    }
 
 
 def _spread(values: FloatArray) -> dict[str, float]:

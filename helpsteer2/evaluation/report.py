@@ -10,6 +10,7 @@ from rich.table import Table
 
 UNKNOWN = "–"
 LONGEST_NAME = 24
+NO_RATINGS = f"{UNKNOWN}: the scores, learned from preferences or extrapolated, have no unit."
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -98,6 +99,7 @@ def _predictor_table(result: Mapping[str, Any]) -> Table:
             "mean, length: fitted on the ratings of "
             f"{result['baselines_fitted_on']!r}. pairs %: ordered as rated, predicted "
             "ties miss; ties: predicted + rated. Second line: 95 % interval over prompts."
+            + ("" if result["scores_are_ratings"] else f" {NO_RATINGS}")
         ),
     )
     for name, attribute in result["attributes"].items():

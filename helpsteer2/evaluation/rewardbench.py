@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,12 @@ from helpsteer2.errors import UserError
 from helpsteer2.evaluation.benchmark_tables import headlines, rewardbench_tables
 from helpsteer2.evaluation.comparisons import Aggregate, Comparison, Wins, compare
 from helpsteer2.evaluation.preference_files import load_pairs, load_sets
-from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
+from helpsteer2.evaluation.scoring import (
+    EvaluationContext,
+    ModelKind,
+    Scorer,
+    told_together,
+)
 from helpsteer2.records import plain
 
 SECTIONS: dict[str, dict[str, int]] = {
@@ -153,6 +158,14 @@ class RewardBench:
         if self.resamples < 1:
             raise UserError("resamples must be at least 1")
 
+    def check(self) -> None:
+        """Read all pairs, of which any model is then scored.
+
+        Raises:
+            UserError: If the data cannot be found, or a row is bad.
+        """
+        told_together(lambda: self._pairs, lambda: self._prior_pairs)
+
     def evaluate(self, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
         """Score all pairs once and compute every figure under every weighting.
 
@@ -167,7 +180,7 @@ class RewardBench:
             DataError: If a row is bad, or its subset unknown.
             UserError: If the data cannot be found, no weighting fits, or a score is not finite.
         """
-        pairs = self._load()
+        pairs = self._pairs + self._prior_pairs
         subsets = tuple(COUNTS) if self.prior_sets is None else (*COUNTS, *PRIOR_SETS)
         compared = compare("rewardbench", pairs, subsets, scorer, context, self.resamples)
         result = {
@@ -192,11 +205,15 @@ class RewardBench:
         """Overall accuracy, the mean of the sections, under every weighting."""
         return headlines(result, {"overall": "section_mean"})
 
-    def _load(self) -> tuple[Comparison, ...]:
-        pairs = load_pairs(self.path, self.split, tuple(COUNTS), "evaluators.rewardbench.path")
+    @cached_property
+    def _pairs(self) -> tuple[Comparison, ...]:
+        return load_pairs(self.path, self.split, tuple(COUNTS), "evaluators.rewardbench.path")
+
+    @cached_property
+    def _prior_pairs(self) -> tuple[Comparison, ...]:
         if self.prior_sets is None:
-            return pairs
-        return pairs + load_sets(self.prior_sets, PRIOR_SETS, "evaluators.rewardbench.prior_sets")
+            return ()
+        return load_sets(self.prior_sets, PRIOR_SETS, "evaluators.rewardbench.prior_sets")
 
 
 def _summary(wins: Wins, with_prior_sets: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -122,6 +122,18 @@ class RMBench:
         if self.resamples < 1:
             raise UserError("resamples must be at least 1")
 
+    @cached_property
+    def _prompts(self) -> tuple[Comparison, ...]:
+        return load_rm_bench(self.path)
+
+    def check(self) -> None:
+        """Read all prompts, of which any model is then scored.
+
+        Raises:
+            UserError: If the data cannot be found, or a row is bad.
+        """
+        _ = self._prompts
+
     def evaluate(self, scorer: Scorer, context: EvaluationContext) -> dict[str, Any]:
         """Score all responses once and compute every figure under every weighting.
 
@@ -138,7 +150,7 @@ class RMBench:
             DataError: If a row is bad, or its domain unknown.
             UserError: If the data cannot be found, no weighting fits, or a score is not finite.
         """
-        prompts = load_rm_bench(self.path)
+        prompts = self._prompts
         compared = compare("rm_bench", prompts, tuple(COUNTS), scorer, context, self.resamples)
         result = {
             "prompts": len(prompts),

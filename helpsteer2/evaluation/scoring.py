@@ -6,7 +6,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ from rich.text import Text
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.data.groups import Group
 from helpsteer2.errors import UserError
+from helpsteer2.evaluation.meaning import OWN_REWARD, ScoreMeaning, single_score
 from helpsteer2.records import write_atomic
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class EvaluationContext:
             and then nothing kept is read again.
         seed: Seed of the bootstrap.
         console: Where progress is shown.
+        meaning: What the model's scores mean.
     """
 
     weightings: tuple[AttributeWeights, ...]
@@ -71,6 +73,7 @@ class EvaluationContext:
     model_key: str | None
     seed: int
     console: Console
+    meaning: ScoreMeaning = field(default_factory=ScoreMeaning)
 
 
 class Evaluator(Protocol):
@@ -78,6 +81,10 @@ class Evaluator(Protocol):
 
     takes: ClassVar[ModelKind]
     """What kind of model it evaluates: a ``Scorer``, or an ``EvaluatedPolicy``."""
+
+    def check(self) -> None:
+        """Read all rows, for the models to come: a bad one is told before any model is loaded."""
+        ...
 
     def evaluate(self, model: Any, /, context: EvaluationContext) -> dict[str, Any]:
         """Run the model once and compute every figure, as plain data with a ``fingerprint``."""
@@ -99,6 +106,34 @@ class Plotted(Protocol):
     def figures(self, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Figure]:
         """Plots of the results of one or more models, by file name without suffix."""
         ...
+
+
+@runtime_checkable
+class Paired(Protocol):
+    """An evaluator that tells the paired differences of several models."""
+
+    def gains(self, results: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+        """What the own reward of each model but the first gains on the first, by model."""
+        ...
+
+
+def told_together(*readings: Callable[[], object]) -> None:
+    """Run all readings, and tell whatever is wrong with any of them at once.
+
+    Raises:
+        UserError: With the message of each that failed; the very error if it is one alone.
+    """
+    errors: list[UserError] = []
+    for read in readings:
+        try:
+            read()
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        # Evaluators may share a file, and its rows are bad for each of them.
+        raise UserError("\n".join(dict.fromkeys(map(str, errors))))
 
 
 @dataclass(frozen=True)
@@ -131,6 +166,36 @@ def usable_weightings(
     Raises:
         UserError: If two weightings have one name, or none can be computed.
     """
+    found = _fitting(weightings, attribute_names)
+    if len(attribute_names) == 1 and not found.weightings:
+        return replace(found, weightings=(single_score(attribute_names),))
+    return _any_of(found)
+
+
+def model_weightings(
+    context: EvaluationContext, attribute_names: tuple[str, ...]
+) -> UsableWeightings:
+    """All weightings that a model is evaluated under: ``OWN_REWARD``, then those asked for.
+
+    Args:
+        context: The weightings asked for, and what the model tells of its scores.
+        attribute_names: Names of the model's scores.
+
+    Returns:
+        Those that can be computed and why the others cannot.
+
+    Raises:
+        UserError: If two weightings have one name, or none can be computed.
+    """
+    own = context.meaning.own_weights(attribute_names)
+    first = () if own is None else (replace(own, name=OWN_REWARD),)
+    return _any_of(_fitting((*first, *context.weightings), attribute_names))
+
+
+def _fitting(
+    weightings: Iterable[AttributeWeights], attribute_names: tuple[str, ...]
+) -> UsableWeightings:
+    """The weightings whose attributes the model scores."""
     usable: dict[str, AttributeWeights] = {}
     skipped: dict[str, str] = {}
     for weights in weightings:
@@ -142,11 +207,14 @@ def usable_weightings(
             skipped[weights.name] = str(error)
         else:
             usable[weights.name] = weights
-    if len(attribute_names) == 1 and not usable:
-        usable["score"] = AttributeWeights("score", {attribute_names[0]: 1.0})
-    if not usable:
-        raise UserError("no weighting fits the model:\n" + "\n".join(skipped.values()))
     return UsableWeightings(tuple(usable.values()), skipped)
+
+
+def _any_of(found: UsableWeightings) -> UsableWeightings:
+    """Refuse a model that no weighting fits."""
+    if not found.weightings:
+        raise UserError("no weighting fits the model:\n" + "\n".join(found.skipped.values()))
+    return found
 
 
 def score_groups(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -148,6 +149,15 @@ class WorldPolicyEvaluation:
                 "reference, set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0"
             )
 
+    @cached_property
+    def _prompts(self) -> tuple[list[Group], list[Task]]:
+        groups = list(read_all(self.data, self.split))
+        return groups, [parse_task(group.prompt) for group in groups]
+
+    def check(self) -> None:
+        """Read all prompts, for the policies to come; a ``UserError`` if one is bad."""
+        _ = self._prompts
+
     def evaluate(self, policy: EvaluatedPolicy, /, context: EvaluationContext) -> dict[str, Any]:
         """Sample, rate and compute every figure.
 
@@ -164,8 +174,7 @@ class WorldPolicyEvaluation:
             DataError: If a row of the data is bad.
             UserError: If a prompt is not of the world, or a policy cannot be used.
         """
-        groups = list(read_all(self.data, self.split))
-        tasks = [parse_task(group.prompt) for group in groups]
+        groups, tasks = self._prompts
         sampled = self._rated(policy, groups, tasks, context.console)
         greedy = self._rated(policy, groups, tasks, context.console, greedy=True)
         usable = usable_weightings(context.weightings, HELPSTEER2_ATTRIBUTES)
@@ -220,10 +229,8 @@ class WorldPolicyEvaluation:
 
     def _figures(self, means: PromptMeans, what: str) -> dict[str, Interval]:
         """Mean of a rating or a score under the baseline, sampled and greedy."""
-        kinds = (
-            ["sampled", "greedy"] if self.baseline is None else ["baseline", "sampled", "greedy"]
-        )
-        return {kind: means.of(f"{kind} {what}") for kind in kinds}
+        before = [] if self.baseline is None else ["baseline"]
+        return {kind: means.of(f"{kind} {what}") for kind in (*before, "sampled", "greedy")}
 
     def _score_figures(self, means: PromptMeans, what: str) -> dict[str, Interval]:
         """All that is told of one weighting."""
@@ -305,11 +312,8 @@ def world_policy_table(result: Mapping[str, Any]) -> Table:
         table.add_row(name, *row)
     table.add_section()
     pad = [""] if with_baseline else []
-    tokens, unfinished = result["tokens"], result["unfinished"]
-    kinds = ("sampled", "greedy")
-    table.add_row("tokens", *pad, *(with_interval(tokens[kind], 1) for kind in kinds))
-    shares = (percent_with_interval(unfinished[kind]) for kind in kinds)
-    table.add_row("unfinished %", *pad, *shares)
+    table.add_row("tokens", *pad, *(with_interval(of, 1) for of in result["tokens"].values()))
+    table.add_row("unfinished %", *pad, *map(percent_with_interval, result["unfinished"].values()))
     if result["kl"] is not None:
         table.add_row("KL to reference, nats", *pad, with_interval(result["kl"], 2))
     keep_whole(table, [*result["attributes"], *result["weightings"]])

@@ -171,7 +171,7 @@ class DPOLoss:
 
         Returns:
             The loss sum ``()`` float32, and detached sums over the pairs with a winner:
-            ``won`` (pairs with D > 0, D = 0 counting one half), ``margin`` (βD), ``chosen`` and
+            ``won`` (pairs with D > 0; a tie is no win), ``margin`` (βD), ``chosen`` and
             ``rejected`` (log-probabilities under the policy, nats), ``kl`` (mean of
             log π_ref − log π over the two responses, nats), ``pairs`` and ``chosen_tokens``.
         """
@@ -182,7 +182,7 @@ class DPOLoss:
             gap = gap.detach()
             ratios = pairs.chosen - pairs.ref_chosen + pairs.rejected - pairs.ref_rejected
             sums = {
-                "won": torch.where(pairs.has_winner, (gap.sign() + 1) / 2, zero).sum(),
+                "won": (pairs.has_winner & (gap > 0)).sum(),
                 "margin": self.beta * gap.sum(),
                 "chosen": pairs.chosen.detach().sum(),
                 "rejected": pairs.rejected.detach().sum(),

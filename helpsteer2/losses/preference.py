@@ -65,9 +65,9 @@ class BradleyTerry:
                 0 is no preference, NaN is unknown.
 
         Returns:
-            The loss sum ``()`` float32, and the detached sums ``won`` ``()`` float32 (pairs whose
-            preferred response has the higher score, equal scores counting one half) and
-            ``decided`` ``()`` int64.
+            The loss sum ``()`` float32, and the detached sums ``won`` ``()`` int64 (pairs whose
+            preferred response has the higher score; equal scores are a miss) and ``decided`` ``()``
+            int64.
 
         Raises:
             ValueError: If the shapes differ.
@@ -82,8 +82,7 @@ class BradleyTerry:
             strength = torch.where(known, strength.float(), 0.0)
             gain = torch.where(known, difference.float() * strength.sign(), 0.0)
             loss = torch.where(known, self.terms(gain, strength.abs()), 0.0).sum()
-            won = torch.where(known, (gain.detach().sign() + 1) / 2, 0.0).sum()
-        return loss, {"won": won, "decided": known.sum()}
+        return loss, {"won": (gain.detach() > 0).sum(), "decided": known.sum()}
 
 
 class MarginBradleyTerry(BradleyTerry):

@@ -27,6 +27,7 @@ from helpsteer2.errors import UserError
 from helpsteer2.models.card import ADAPTER_FOLDER, adapter_card, model_card
 from helpsteer2.models.lora import adapter_config, merged, write_adapter
 from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE, RewardSpec
+from helpsteer2.records import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -240,8 +241,9 @@ def replaced_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         _sync_path(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors tells a full disk in its own error
+        told = reason(error) if isinstance(error, OSError) else error
         raise UserError(
-            f"cannot write {folder}: {error}; what was there before is untouched"
+            f"cannot write {folder}: {told}; what was there before is untouched"
         ) from error
     finally:
         if previous.exists() and not folder.exists():

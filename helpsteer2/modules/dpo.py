@@ -152,7 +152,7 @@ def pair_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         sums: What ``DPOLoss`` sums over at least one pair.
 
     Returns:
-        ``pair_accuracy`` (share with D > 0, D = 0 counting one half), ``reward_margin`` (βD),
+        ``pair_accuracy`` (share with D > 0), ``reward_margin`` (βD),
         ``chosen_logprob`` and ``rejected_logprob`` (nats a response), ``sft_loss`` (nats a token of
         the preferred responses) and ``kl_to_reference``: the mean of log π_ref − log π over all
         responses, in nats a response. That is the k1 estimator of KL(π_ref ‖ π), unbiased where the

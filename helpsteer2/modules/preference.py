@@ -84,10 +84,10 @@ class PreferenceModule(StepModule):
     def loss_sums(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Losses of the pairs; logged are those won and their number."""
         loss, sums = self.loss(self._differences(batch), batch.preference_strength)
-        return loss.reshape(1), torch.stack([sums["won"], sums["decided"].float()])
+        return loss.reshape(1), torch.stack([sums["won"], sums["decided"]]).float()
 
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """Share of the pairs whose preferred response has the higher score, ties one half."""
+        """Share of the pairs whose preferred response has the higher score; a tie is a miss."""
         won, pairs = sums
         return {"train/pair_accuracy": won / pairs if pairs else float("nan")}
 
@@ -122,8 +122,8 @@ class PreferenceModule(StepModule):
         counts = count_preferences(difference, strength)
         metrics = {
             "val/loss": float(loss / self.loss.count(columns[1])),
-            # Equal scores count one half, and beside it as what they are.
-            "val/pair_accuracy": counts.half_credit_accuracy,
+            # Equal scores are misses, as in every evaluation, and beside it counted apart.
+            "val/pair_accuracy": counts.accuracy,
             "val/predicted_ties": float(counts.predicted_ties),
             "val/strength_pearson": pearson(difference, strength),
         }
@@ -131,7 +131,7 @@ class PreferenceModule(StepModule):
             chosen = np.abs(strength) == m
             if chosen.any():
                 of_strength = count_preferences(difference[chosen], strength[chosen])
-                metrics[f"val/strength_{m}/pair_accuracy"] = of_strength.half_credit_accuracy
+                metrics[f"val/strength_{m}/pair_accuracy"] = of_strength.accuracy
         return metrics
 
 

@@ -24,8 +24,9 @@ class DPO:
         policy: Folder of the policy to start from; None if ``sft`` trains it.
         sft: Settings of ``train`` for the stage ``sft``; None if ``policy`` is given.
         pairs: Settings of ``pairs``: which data, and by what a pair is decided.
-        train: Settings of ``train`` for the stage ``dpo``.
-        reference: Settings of ``reference``, for every training.
+        train: Settings of ``train`` for the stage ``dpo``; ``module=dpo`` unless ``choose`` names
+            another one, or an experiment.
+        reference_logprobs: Settings of ``reference``, for every training.
         max_prompt_tokens: Longest prompt of every DPO training and of its reference.
         max_response_tokens: Longest response likewise.
         precision: Of every DPO training and of its reference.
@@ -38,7 +39,7 @@ class DPO:
     sft: dict[str, Any] | None = None
     pairs: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
-    reference: dict[str, Any] = field(default_factory=dict)
+    reference_logprobs: dict[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int = 2048
     max_response_tokens: int = 2048
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -100,8 +101,8 @@ class DPO:
             "lengths.max_response_tokens": self.max_response_tokens,
         }
         logprobs = Stage(f"reference{suffix}", "reference", {
-            **overrides_of(self.reference), **pairs, "model": reference, "splits": ["train"],
-            "precision": self.precision,
+            **overrides_of(self.reference_logprobs), **pairs, "model": reference,
+            "splits": ["train"], "precision": self.precision,
         })  # fmt: skip
         name = f"dpo{suffix}"
         if "schedule.validate_every" in train:
@@ -109,8 +110,10 @@ class DPO:
                 f"stage {name}: schedule.validate_every: the pairs are one split, there is nothing "
                 "to validate on; pipeline.select chooses a checkpoint"
             )
+        # An override would beat the module that an experiment chooses.
+        module = {} if train.get("experiment") else {"module": "dpo"}
         training = Stage(name, "train", {
-            "backbone": "local", **train, **pairs,
+            "backbone": "local", **module, **train, **pairs,
             "backbone.path": start, "reference": Output(logprobs.name, "reference"),
             "trainer.precision": self.precision, "++schedule.validate_every": None,
             "optimized_metric": None, "seed": seed,

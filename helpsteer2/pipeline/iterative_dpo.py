@@ -25,8 +25,8 @@ class IterativeDPO(DPO):
         iterations: How many.
         weights: Weighting, by its name in the config group, that makes one reward of the scores.
             It decides the pairs alone: no reward model is trained again.
-        reference_policy: Which policy an iteration is compared with: the one before any DPO, or the
-            one that the iteration starts from.
+        reference: Which policy an iteration is compared with: the one before any DPO, or the one
+            that the iteration starts from.
         sample: Settings of ``sample``: which prompts, and how to draw.
         annotate: Settings of ``annotate``.
         scored_pairs: Settings of ``pairs`` in the iterations.
@@ -40,7 +40,7 @@ class IterativeDPO(DPO):
     reward: dict[str, Any] | None = None
     iterations: int = 1
     weights: str = "helpsteer2_rlhf"
-    reference_policy: Literal["initial", "previous"] = "previous"
+    reference: Literal["initial", "previous"] = "previous"
     sample: dict[str, Any] = field(default_factory=dict)
     annotate: dict[str, Any] = field(default_factory=dict)
     scored_pairs: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class IterativeDPO(DPO):
         for number in range(1, self.iterations + 1):
             suffix = f"_{number}"
             stages += self._scored_pairs(suffix, policy, scorer, 1000 * seed + number)
-            reference = initial if self.reference_policy == "initial" else policy
+            reference = initial if self.reference == "initial" else policy
             train = {**overrides_of(self.train), **overrides_of(self.train_again)}
             trained, policy = self.trained(suffix, policy, reference, train, seed)
             stages += trained

@@ -14,6 +14,7 @@ from helpsteer2.config.rules import Settings
 from helpsteer2.errors import ConfigError
 from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.fingerprint import STAGE, dependencies, fingerprint_of
+from helpsteer2.pipeline.models import model_mistakes
 from helpsteer2.pipeline.stages import Output, Stage, check_order, override_text
 
 
@@ -79,6 +80,7 @@ class PlannedStage:
 
     Attributes:
         stage: The stage.
+        settings: Its checked configuration, defaults filled in.
         depends_on: What its result depends on, by dotted key.
         fingerprint: Hash of that.
         folder: Where it runs; the same for every pipeline that needs the same stage.
@@ -87,6 +89,7 @@ class PlannedStage:
     """
 
     stage: Stage
+    settings: Settings
     depends_on: Mapping[str, Any]
     fingerprint: str
     folder: Path
@@ -128,7 +131,9 @@ def plan(
             wrong.append(f"stage {stage.name}: {error}")
             # Later stages are looked at all the same; their fingerprints are not used.
             placeholder = stages_dir / f"{stage.name}-{'0' * 12}"
-            planned[stage.name] = PlannedStage(stage, {}, "", placeholder, (), ())
+            unknown = Settings({}, {})
+            planned[stage.name] = PlannedStage(stage, unknown, {}, "", placeholder, (), ())
+    wrong = wrong or model_mistakes(planned)
     if wrong:
         raise ConfigError("\n".join(wrong))
     return list(planned.values())
@@ -169,6 +174,7 @@ def _planned(
     )  # fmt: skip
     return PlannedStage(
         stage,
+        settings,
         depends_on,
         fingerprint,
         folder,

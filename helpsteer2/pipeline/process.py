@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from helpsteer2.errors import UserError
+from helpsteer2.records import append, reason
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to stop; commands save what they have and end."""
@@ -186,15 +187,15 @@ def locked(path: Path, waiting: Any) -> Iterator[int]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("a+b", buffering=0)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            waiting(file.read().strip() or "another")
+            waiting(file.read().decode().strip() or "another")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
@@ -203,8 +204,7 @@ def locked(path: Path, waiting: Any) -> Iterator[int]:
             ) from error
         try:
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            append(file, str(os.getpid()).encode())
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {path}: {reason(error)}") from error
         yield file.fileno()

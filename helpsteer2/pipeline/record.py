@@ -18,6 +18,9 @@ from helpsteer2.records import write_json_atomic
 
 FILE = "stage.json"
 
+RESULT = "result.json"
+"""What a command writes last: without it a stage has not finished."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -132,6 +135,8 @@ def status_of(stage: PlannedStage, contents: Contents) -> Status:
         return Status("run", "failed last time")
     if record.state == "running":
         return Status("run", "was interrupted, goes on")
+    if not (stage.folder / RESULT).is_file():
+        return Status("run", f"its {RESULT} is gone")
     edited = _edited(record.outputs, hash_outputs(stage.folder, contents))
     if edited:
         return Status("edited", ", ".join(edited))
@@ -182,7 +187,8 @@ def needed(stages: list[PlannedStage], statuses: Mapping[str, Status]) -> dict[s
 
 def _edited(made: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Files that changed, vanished or came since a stage was finished."""
-    return sorted(name for name in made.keys() | found.keys() if made.get(name) != found.get(name))
+    names = (made.keys() | found.keys()) - {RESULT}  # earlier versions hashed it
+    return sorted(name for name in names if made.get(name) != found.get(name))
 
 
 def _why_never(stage: PlannedStage) -> str:

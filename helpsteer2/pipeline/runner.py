@@ -18,6 +18,7 @@ from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.plan import PlannedStage
 from helpsteer2.pipeline.process import StageProcess, last_lines, locked
 from helpsteer2.pipeline.record import (
+    RESULT,
     Record,
     Status,
     changed_reads,
@@ -172,8 +173,8 @@ class Runner:
     def _end(self, stage: PlannedStage, record: Record, code: int, seconds: float) -> None:
         log = stage.folder / LOG
         problem = None if code == 0 else _how_it_ended(code)
-        if code == 0 and not (stage.folder / "result.json").is_file():
-            problem = "ended without a result.json"
+        if code == 0 and not (stage.folder / RESULT).is_file():
+            problem = f"ended without a {RESULT}"
         if problem is not None:
             replace(record, state="failed").write(stage.folder)
             raise UserError(

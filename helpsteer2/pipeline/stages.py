@@ -10,8 +10,12 @@ from typing import Any, Protocol
 from helpsteer2.errors import ConfigError
 from helpsteer2.records import flat
 
-OUTPUTS = ("export", "exports", "groups.jsonl", "reference", "result.json")
-"""Files and folders of a run that another stage may read; all else is of the run alone."""
+OUTPUTS = ("export", "exports", "groups.jsonl", "reference")
+"""Files and folders of a run that another stage may read; all else is of the run alone.
+
+``result.json`` is not among them: it has times in it, so whatever read it would be stale as soon as
+the stage is repeated.
+"""
 
 CHOOSE = "choose"
 """Key of a stage's settings that holds choices of config groups, beside the values."""

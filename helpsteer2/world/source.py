@@ -80,6 +80,10 @@ class WorldSource:
         for group, _ in self.judged(split):
             yield group
 
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Make the groups of a split, as ``read`` does."""
+        return self.read(split, report)
+
     def judged(self, split: str) -> Iterator[tuple[Group, Verdict]]:
         """The groups of a split with all that the annotators said.
 

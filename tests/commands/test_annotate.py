@@ -23,6 +23,7 @@ from helpsteer2.data.sources.group_files import GroupFiles, write_groups
 from helpsteer2.errors import ConfigError, DataError, UserError
 from helpsteer2.rewards.scorer import RewardScorer
 from helpsteer2.rewards.standardise import ScoreStatistics
+from tests.full_disk import largest_file
 from tests.rewards.tiny import WEIGHTS, group, some_groups, tiny_reward_model
 
 Run = Callable[..., dict[str, Any]]
@@ -147,6 +148,22 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     # A finished run is repeated without scoring anything.
     monkeypatch.setattr(RewardScorer, "score", None)
     assert run()["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize("n_bytes", [20, 250])
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], n_bytes: int
+) -> None:
+    whole = run(run_dir="whole")
+    message = r"cannot write .*scores\.bin: .*; make room"
+    with largest_file(n_bytes), pytest.raises(UserError, match=message):
+        run(run_dir="full")
+    assert not (tmp_path / "full" / "groups.jsonl").exists()
+    result = run(run_dir="full")
+    assert bool(result["responses_of_earlier_runs"]) == (n_bytes > 20)
+    assert result["metrics"] == whole["metrics"]
+    for name in ("groups.jsonl", "statistics.json", "scores.bin"):
+        assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_scores_of_another_model_are_not_gone_on_with(run: Run, tmp_path: Path) -> None:

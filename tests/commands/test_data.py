@@ -44,8 +44,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "helpsteer": [row(f"p{i // 4}") for i in range(20)],
     "disagreements": [row(f"p{i // 2}", **{n: [1, 2] for n in NAMES}) for i in range(20)],
     "preference": [
-        {"split": s, "prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": 1}
-        for s in ("train", "validation", "train")
+        {"split": s, "prompt": p, "response_1": "a", "response_2": "b", "preference_strength": 1}
+        for s, p in (("train", "p"), ("validation", "q"), ("train", "r"))
     ],
     "open_assistant": [
         {"message_id": "a", "parent_id": None, "text": "?", "role": "prompter", "labels": None},
@@ -77,7 +77,7 @@ def test_schema_is_found_out(
 
 def test_every_bad_row_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "validation"):
-        rows = [row(f"p{i // 2}") for i in range(200)]
+        rows = [row(f"{split} {i // 2}") for i in range(200)]
         for i in range(0, 200, 4):
             rows[i].update(helpfulness=7, response="")
         write(tmp_path / f"{split}.jsonl", rows)
@@ -113,6 +113,44 @@ def test_table_with_both_splits_tells_its_problems_once(
     problem, summary = capsys.readouterr().out.splitlines()
     assert problem.startswith(f"{file}:4: preference_strength: ")
     assert summary.endswith("4 rows, 3 groups, 1 bad row, 1 problem")
+
+
+def compared(split: str, prompt: str, *responses: str) -> dict[str, Any]:
+    texts = dict(zip(("response_1", "response_2"), responses, strict=True))
+    return {"split": split, "prompt": prompt, **texts, "preference_strength": 1}
+
+
+def test_validation_rows_that_stand_in_train_are_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [compared("train", f"p{i}", f"a{i}", f"b{i}") for i in range(20)]
+    rows[3] = {**rows[3], "preference_strength": 9}  # A bad row moves the others up by one place.
+    repeated = [compared("validation", f"p{i}", f"a{i}", f"b{i}") for i in range(8, 12)]
+    turned = compared("validation", "p12", "b12", "a12")
+    file = write(tmp_path / "preference.jsonl", [*rows, *repeated, turned])
+    assert main(["validate", str(tmp_path)]) == 1
+    *problems, summary = capsys.readouterr().out.splitlines()
+    told = "prompt and responses also stand in train"
+    assert problems[0].startswith(f"{file}:4: preference_strength: ")
+    # Lines 21 to 25 repeat lines 9 to 13.
+    assert problems[1:] == [f"{file}:{line + 12}: {told} ({file}:{line})" for line in range(9, 14)]
+    assert summary.endswith("25 rows, 24 groups, 6 bad rows, 6 problems")
+    # Of one split alone nothing can be said.
+    assert main(["validate", str(tmp_path), "--split", "validation"]) == 1
+    assert told not in capsys.readouterr().out
+
+
+def test_prompts_alone_that_stand_in_train_are_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", [row(f"p{i // 2}") for i in range(20)])
+    other = [row(p, r) for p in ("p2", "p4", "new") for r in ("r", "other")]
+    file = write(tmp_path / "validation.jsonl", other)
+    assert main(["validate", str(tmp_path)]) == 0
+    *warnings, summary = capsys.readouterr().out.splitlines()
+    told = "warning: the prompt also stands in train, with other responses"
+    assert warnings == [f"{file}:1: {told} ({train}:5)", f"{file}:3: {told} ({train}:9)"]
+    assert summary.endswith("26 rows, 13 groups, 0 bad rows, 0 problems, 2 warnings")
 
 
 def test_one_rating_that_is_a_list_costs_one_message(

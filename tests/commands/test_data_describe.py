@@ -105,6 +105,35 @@ def test_everything_is_written_and_says_where_it_comes_from(
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("annotations", "why"),
+    [
+        ([{"helpfulness": [1]}, {"helpfulness": [2]}], "none of the 3 has"),
+        ([{"helpfulness": [1, 2]}, {"helpfulness": [2, 2, 1]}], "none of the 3 has"),
+        ([{"helpfulness": [1, 2]}], "no prompt has two responses"),
+        ([{"wit": [1, 2]}, {"wit": [2, 2]}], "no attribute is named helpfulness"),
+    ],
+)
+def test_why_no_preferences_of_raters_are_compared_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], annotations: list[Any], why: str
+) -> None:
+    (name,) = annotations[0]
+    ratings = [{name: 1.0}] * len(annotations)
+    texts = ["a", "b"][: len(annotations)]
+    rows = [
+        group(i, responses=texts, attributes=ratings, annotations=annotations) for i in range(3)
+    ]
+    write(tmp_path / "train.jsonl", rows)
+    describe(str(tmp_path))
+    for text in (capsys.readouterr().out, Path("made/description.md").read_text()):
+        said = " ".join(text.split())
+        assert "preferences of single raters" in said
+        assert "0 pairs compared: " in said
+        assert why in said
+        assert "one-sided |" not in said
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_data_of_conf_with_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     found = describe("world", "data.groups=30", "data.validation_groups=10")
     assert found["kind"] == "WorldSource"
@@ -198,13 +227,18 @@ def test_real_slice_against_figures_computed_from_the_file(real_data: Path) -> N
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_real_disagreements_have_a_kappa(real_data: Path) -> None:
+def test_real_disagreements_have_a_kappa(
+    real_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = real_data / "helpsteer2_slice" / "disagreements.jsonl.gz"
     if not file.is_file():
         pytest.skip(f"{file} is not there")
     found = describe(str(file))
     raters = found["splits"]["train"]["raters"]["all"]
     assert raters["prompts"] > 500
+    # One rater of helpfulness each: there is nothing to compare, which must not go unsaid.
+    assert raters["preferences"]["compared"] == 0
+    assert "0 pairs compared: a pair needs" in " ".join(capsys.readouterr().out.split())
     several = [of for of in raters["attributes"].values() if of["pairs"]]
     assert len(several) > 1
     for of_attribute in several:

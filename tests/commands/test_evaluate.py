@@ -47,6 +47,13 @@ class LengthScorer:
     attribute_names = HELPSTEER2_ATTRIBUTES
     chat = SimpleNamespace(template_name="plain", template_hash="abc")
     cuts = CutReport(responses_cut=3)
+    model = SimpleNamespace(
+        spec=SimpleNamespace(
+            weights=AttributeWeights("stored", {"helpfulness": 1.0}),
+            objective="",
+            extrapolation=None,
+        )
+    )
 
     @classmethod
     def from_pretrained(cls, path, **settings):
@@ -181,6 +188,9 @@ class PolicyEvaluation:
 
     takes = "policy"
 
+    def check(self):
+        pass
+
     def evaluate(self, policy, context):
         assert isinstance(policy, EvaluatedPolicy)
         return {"fingerprint": "data", "path": policy.path, "length": len(policy.path)}
@@ -288,7 +298,7 @@ def test_the_command_line_builds_what_the_function_takes(
     assert code == 0
     result = RunFolder(tmp_path / "cli").result()
     assert result["config"]["evaluators"]["rewardbench"]["path"] == bench
-    assert len(result["metrics"]["rewardbench"]["weightings"]) == 6
+    assert len(result["metrics"]["rewardbench"]["weightings"]) == 7
     assert "helpsteer2_llama3_70b" in capsys.readouterr().out
 
 
@@ -304,6 +314,9 @@ def test_several_models_stand_side_by_side(scorer, arguments, tmp_path, monkeypa
         """A model of one score, which prefers the longer response too."""
 
         attribute_names = ("reward",)
+        model = SimpleNamespace(
+            spec=SimpleNamespace(weights=None, objective="", extrapolation=None)
+        )
 
         def score(self, groups):
             return (rows[:, :1] for rows in super().score(groups))
@@ -330,7 +343,7 @@ def test_several_models_stand_side_by_side(scorer, arguments, tmp_path, monkeypa
     assert header.split() == ["rewardbench", "regression", "pairs"]
     rows = {line.split(",")[0].strip(): line.split()[2:] for line in table.splitlines()}
     assert rows["helpfulness_only"][-2:] == ["100.0", "–"]
-    assert rows["score"][-2:] == ["–", "100.0"]
+    assert rows["own_reward"][-2:] == ["100.0", "100.0"]
     # The scores of each are kept apart and found again.
     scored = len(scorer.scored)
     evaluate(**{**arguments, "model": paths[::-1]})

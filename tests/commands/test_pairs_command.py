@@ -17,6 +17,7 @@ from helpsteer2.data.groups import Group, read_all
 from helpsteer2.data.sources.group_files import GroupFiles, write_groups
 from helpsteer2.errors import ConfigError, DataError, UserError
 from helpsteer2.world.source import WorldSource
+from tests.full_disk import largest_file
 
 Run = Callable[..., dict[str, Any]]
 
@@ -132,6 +133,19 @@ def test_what_cannot_be_paired_leaves_the_older_pairs_as_they_were(
     with pytest.raises(DataError):
         run(*overrides)
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == kept
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_pairs(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("data=world", "data.groups=20")
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    message = r"cannot write .*groups\.jsonl: .*; make room"
+    with largest_file(10_000), pytest.raises(UserError, match=message):
+        run("data=world", "data.groups=40")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == kept
+    result = run("data=world", "data.groups=40")
+    assert len(read_back(tmp_path)) == result["metrics"]["pairs"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 from helpsteer2.commands import CONFIG_COMMANDS
+from helpsteer2.commands import check as check_command
 from helpsteer2.config.checked import check
 from helpsteer2.config.compose import conf_dir
+from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.errors import ConfigError
+from helpsteer2.models.spec import RewardSpec
 from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.dpo import DPO
 from helpsteer2.pipeline.iterative_dpo import IterativeDPO
@@ -39,9 +42,26 @@ def recipe(name: str) -> IterativeDPO:
     return IterativeDPO(**given)
 
 
-def planned(pipeline: Pipeline, folder: Path, seed: int = 1) -> dict[str, PlannedStage]:
-    stages = plan(pipeline.stages(seed), COMMANDS, folder / "stages", Contents(folder / "memory"))
+def planned(
+    pipeline: Pipeline, folder: Path, commands: Commands = COMMANDS
+) -> dict[str, PlannedStage]:
+    stages = plan(pipeline.stages(1), commands, folder / "stages", Contents(folder / "memory"))
     return {stage.name: stage for stage in stages}
+
+
+def mistakes(pipeline: Pipeline, folder: Path) -> str:
+    """What planning says of a recipe that cannot work."""
+    with pytest.raises(ConfigError) as caught:
+        planned(pipeline, folder)
+    return str(caught.value)
+
+
+def reward_model(folder: Path, *names: str) -> str:
+    """A reward model's folder as far as planning looks at it."""
+    folder.mkdir()
+    limits = LengthLimits(100, 100)
+    RewardSpec(names, "chatml", "…", "hash", None, limits, "hash", "base").write(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -98,7 +118,7 @@ def test_iterations_go_on_from_the_policy_before() -> None:
         assert of(stages, name.replace("dpo", "sample"))["model"] == policy
         assert of(stages, name.replace("dpo", "reference"))["model"] == policy
     assert {of(stages, f"sample_{i}")["seed"] for i in (1, 2)} == {3001, 3002}
-    initial = IterativeDPO(**GIVEN, iterations=2, reference_policy="initial").stages(3)
+    initial = IterativeDPO(**GIVEN, iterations=2, reference="initial").stages(3)
     assert of(list(initial), "reference_2")["model"] == "some/policy"
     assert of(list(initial), "dpo_2")["backbone.path"] == Output("dpo_1", "export")
 
@@ -136,20 +156,87 @@ def test_mistakes_name_their_stage(tmp_path: Path) -> None:
     wrong = DPO(
         policy="x", train={"module": {"optimizer": {"lr": "fast"}}}, pairs={"bye": "ratings"}
     )
-    with pytest.raises(ConfigError) as caught:
-        planned(wrong, tmp_path)
-    assert "stage pairs: 1 mistake" in str(caught.value)
-    assert "did you mean by" in str(caught.value)
-    assert "stage dpo: " in str(caught.value)
+    text = mistakes(wrong, tmp_path)
+    assert "stage pairs: 1 mistake" in text
+    assert "did you mean by" in text
+    assert "stage dpo: " in text
+
+
+def test_a_reward_model_without_the_weighted_attributes_is_told_at_once(tmp_path: Path) -> None:
+    given = reward_model(tmp_path / "given", "helpfulness", "verbosity")
+    text = mistakes(IterativeDPO(**GIVEN | {"reward_model": given}), tmp_path)
+    assert "stage pairs_1: weights 'helpsteer2_rlhf' need correctness, coherence" in text
+    assert "the model scores helpfulness, verbosity" in text
+    assert given in text
+    reward = {"choose": {"weights": "helpfulness_only"}, "attributes": ["helpfulness", "clarity"]}
+    trained: dict[str, Any] = {"policy": "some/policy", "reward": reward}
+    text = mistakes(IterativeDPO(**trained), tmp_path)
+    assert "stage pairs_1: weights 'helpsteer2_rlhf' need correctness, coherence" in text
+    assert "the model scores helpfulness, clarity" in text
+    assert "the model is that of stage reward_model" in text
+    own = reward_model(tmp_path / "own", "politeness", "depth")
+    text = mistakes(IterativeDPO(**GIVEN | {"reward_model": own}), tmp_path)
+    assert "stage annotate_1: no weighting fits the model" in text
+    # What fits runs; the score of a model with a single one is its reward, whatever its name.
+    assert planned(IterativeDPO(**trained, weights="helpfulness_only"), tmp_path)
+    single = reward_model(tmp_path / "single", "preference")
+    assert planned(IterativeDPO(**GIVEN | {"reward_model": single}), tmp_path)
+
+
+def test_a_model_of_the_wrong_kind_is_told_at_once(tmp_path: Path) -> None:
+    rewarding = reward_model(tmp_path / "rewarding", "helpfulness")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "untold").mkdir()
+    (tmp_path / "untold" / "config.json").write_text("{}")
+    for policy, problem in {
+        rewarding: "is a reward model",
+        str(tmp_path / "empty"): "is no policy",
+        str(tmp_path / "untold"): "has no chat template",
+        "outputs/no/such/folder": "no such folder",
+    }.items():
+        text = mistakes(DPO(policy=policy), tmp_path)
+        assert text.startswith("stage reference: ")
+        assert policy in text
+        assert problem in text
+    (tmp_path / "untold" / "chat_template.jinja").write_text("")
+    assert planned(DPO(policy=str(tmp_path / "untold")), tmp_path)
+    text = mistakes(DPO(sft={}), tmp_path)
+    assert "stage reference: needs a policy, but stage sft trains a reward model" in text
+    assert "choose.module=sft" in text
+    text = mistakes(
+        IterativeDPO(policy="some/policy", reward={"choose": {"module": "sft"}}), tmp_path
+    )
+    assert "stage annotate_1: needs a reward model, but stage reward_model trains a policy" in text
+
+
+def test_an_experiment_may_choose_another_module(tmp_path: Path) -> None:
+    own = tmp_path / "own" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults:\n  - override /module: rpo\n")
+    commands = Commands(CONFIG_COMMANDS, ("-m", "helpsteer2"), extra_dir=str(own.parents[1]))
+    train = {"choose": {"experiment": "mine"}}
+    chosen = planned(DPO(policy="some/policy", train=train), tmp_path, commands)["dpo"]
+    assert chosen.depends_on["module._target_"].endswith(".RPOModule")
+    plain = planned(DPO(policy="some/policy"), tmp_path)["dpo"]
+    assert plain.depends_on["module._target_"].endswith(".DPOModule")
+
+
+def test_check_looks_at_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["pipeline", "pipeline=iterative_dpo", "pipeline.policy=some/policy"]
+    given = reward_model(tmp_path / "given", "helpfulness", "verbosity")
+    with pytest.raises(ConfigError, match="stage pairs_1: weights 'helpsteer2_rlhf' need"):
+        check_command.main([*wanted, f"pipeline.reward_model={given}"])
+    assert check_command.main([*wanted, "pipeline.reward_model=some/model", "--dry-run"]) == 0
+    assert "sample_1, annotate_1, pairs_1" in capsys.readouterr().out
 
 
 def test_several_devices_are_started_by_torchrun(tmp_path: Path) -> None:
     train = {"choose": {"module": "dpo", "trainer": "ddp"}, "trainer": {"devices": 4}}
-    stages = planned(DPO(policy="x", train=train), tmp_path)
+    stages = planned(DPO(policy="some/policy", train=train), tmp_path)
     line = list(stages["dpo"].command_line)
     assert line[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m"]
     assert stages["pairs"].command_line[1:4] == ("-m", "helpsteer2", "pairs")
-    one = planned(DPO(policy="x", train={"choose": {"module": "dpo"}}), tmp_path)
+    one = planned(DPO(policy="some/policy"), tmp_path)
     assert one["dpo"].command_line[1:4] == ("-m", "helpsteer2", "train")
 
 
@@ -159,7 +246,7 @@ def test_planning_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
     )
     arguments = [
-        "pipeline", "pipeline=dpo", "pipeline.policy=some/policy", "dry_run=true",
+        "pipeline", "pipeline=dpo", "pipeline.policy=some/policy", "--dry-run",
         f"run_dir={tmp_path / 'run'}", f"stages_dir={tmp_path / 'stages'}",
     ]  # fmt: skip
     before = os.times()
@@ -172,6 +259,16 @@ def test_planning_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     # Processor time, as other processes may be in the way; loose, as machines differ.
     assert after.children_user - before.children_user < 8
+
+
+def test_help_shows_the_flag_and_needs_no_recipe() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "helpsteer2", "pipeline", "--help"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "--dry-run" in shown.stdout
+    assert "pipeline: dpo, iterative_dpo" in shown.stdout
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_the_real_slice_end_to_end(real_data: Path, tmp_path: Path) -> None:
     rows = gzip.decompress((slice_dir / "validation.jsonl.gz").read_bytes())
     parsed = [json.loads(line) for line in rows.splitlines()]
     assert ratings["responses"] == len(parsed)
-    assert len(ratings["weightings"]) == 5
+    assert len(ratings["weightings"]) == 6  # the five and the own reward
 
     output = helpsteer2("score", f"--model={run / 'export'}", given=rows)
     scored = [json.loads(line) for line in output.splitlines()]

@@ -31,6 +31,7 @@ from helpsteer2.models.policy import Policy
 from helpsteer2.models.policy_export import PolicySpec
 from helpsteer2.models.reference import policy_hash
 from helpsteer2.world.source import WorldSource
+from tests.full_disk import largest_file
 
 LIMITS = LengthLimits(600, 400)
 Run = Callable[..., Path]
@@ -159,6 +160,26 @@ def test_a_killed_run_leaves_all_or_nothing(
         "reference.json", "train.safetensors", "validation.safetensors",
     ]  # fmt: skip
     assert [path.name for path in run_dir.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_folder(
+    run: Run, policies: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        largest_file(2000),
+        pytest.raises(UserError, match=r"cannot write tokenised data to .*; make room"),
+    ):
+        run()
+    folder = run()  # and the tokenised data are there from now on
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with (
+        largest_file(2000),
+        pytest.raises(UserError, match=r"cannot write .*/reference: .*; make room.*untouched"),
+    ):
+        run(f"model={policies[2]}")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    run(f"model={policies[2]}")
+    assert Reference.open(folder).weights == policy_hash(policies[2])
 
 
 def test_a_folder_without_weights_and_a_broken_policy_are_refused(

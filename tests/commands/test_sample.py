@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpsteer2.commands import CONFIG_COMMANDS
+from helpsteer2.commands import sample as command
 from helpsteer2.commands.launch import launch
 from helpsteer2.commands.sample_store import SampleStore
 from helpsteer2.data.chat import ChatFormat
@@ -26,14 +30,17 @@ from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.sources.group_files import GroupFiles
 from helpsteer2.data.tokenizer import TrainedTokenizer
 from helpsteer2.errors import UserError
+from helpsteer2.generation.sampling import Sample, SamplingParams
 from helpsteer2.models.attention import implementation_name
 from helpsteer2.models.policy import Policy
 from helpsteer2.models.policy_export import PolicySpec
 from helpsteer2.world.source import WorldSource
+from tests.full_disk import largest_file
 
 PROMPTS = 24
+WORLD = (f"data.groups={PROMPTS}",)
 OPTIONS = [
-    f"data.groups={PROMPTS}", "sampling.n=3", "sampling.max_tokens=12", "sampling.top_p=0.9",
+    "sampling.n=3", "sampling.max_tokens=12", "sampling.top_p=0.9",
     "sampling.temperature=0.7", "engine.max_rows=8", "engine.prompts_per_block=4", "seed=5",
 ]  # fmt: skip
 
@@ -62,8 +69,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(sys, "argv", ["helpsteer2"])
 
-    def call(*overrides: str, folder: str = "run") -> dict[str, Any]:
-        given = [f"run_dir={tmp_path / folder}", f"model={policy}", *OPTIONS]
+    def call(*overrides: str, folder: str = "run", data: Sequence[str] = WORLD) -> dict[str, Any]:
+        given = [f"run_dir={tmp_path / folder}", f"model={policy}", *data, *OPTIONS]
         try:
             assert launch(CONFIG_COMMANDS["sample"], [*given, *overrides]) == 0
         finally:
@@ -137,7 +144,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     run("sampling.max_tokens=40", folder="whole")
     folder = tmp_path / "killed"
     partial = folder / "groups.jsonl.partial"
-    given = [f"run_dir={folder}", f"model={policy}", *OPTIONS, "sampling.max_tokens=40"]
+    given = [f"run_dir={folder}", f"model={policy}", *WORLD, *OPTIONS, "sampling.max_tokens=40"]
     process = subprocess.Popen(
         [sys.executable, "-m", "helpsteer2", "sample", *given],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -154,6 +161,20 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     # All but the block that was on its way is still there.
     lengths = [sum(map(len, group.response_ids or ())) for group in read(killed)]
     assert result["metrics"]["tokens_in_this_run"] == sum(lengths[kept // 4 * 4 :])
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(folder="whole")
+    expected = (tmp_path / "whole/groups.jsonl").read_bytes()
+    message = r"cannot write .*groups\.jsonl\.partial: .*; make room.*; the groups before are kept"
+    with largest_file(len(expected) // 2), pytest.raises(UserError, match=message):
+        run(folder="full")
+    assert not (tmp_path / "full/groups.jsonl").exists()
+    result = run(folder="full")
+    assert (tmp_path / "full/groups.jsonl").read_bytes() == expected
+    assert result["metrics"]["tokens_in_this_run"] < whole["metrics"]["tokens"]
 
 
 def count_lines(path: Path) -> int:
@@ -188,3 +209,69 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"no number\n")
     with pytest.raises(UserError, match="is damaged"):
         SampleStore(tmp_path / "x")
+
+
+QUESTIONS = ("Why is the sky blue?", "To be or not to be?", "What is the question?")
+
+
+@pytest.mark.parametrize("data", ["chat", "groups"])
+def test_plain_prompts_are_sampled(run: Run, tmp_path: Path, data: str) -> None:
+    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    rows: list[dict[str, Any]] = [{"messages": prompt} for prompt in prompts]
+    if data == "groups":
+        rows = [{"id": f"train-{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(data=[f"data={data}", f"data.path={path}"])
+    groups = read(tmp_path / "run/groups.jsonl")
+    assert [group.id for group in groups] == ["train-0", "train-1", "train-2"]
+    assert [list(group.prompt) for group in groups] == prompts
+    assert all(len(group.responses) == 3 for group in groups)
+
+
+class SlowSampler:
+    """Two samples of fifty tokens a prompt, ten seconds each prompt by a clock of its own.
+
+    Args:
+        drawn: What the console has drawn so far.
+    """
+
+    ids_hash = "hash"
+    prompts_per_block = 1
+
+    def __init__(self, drawn: Callable[[], str]) -> None:
+        self.seconds = 0.0
+        self._drawn = drawn
+
+    def sample(
+        self, prompts: Iterable[Group], params: SamplingParams
+    ) -> Iterator[tuple[Group, list[Sample]]]:
+        for number, group in enumerate(prompts):
+            self.seconds += 10
+            yield group, [Sample((7,) * 50, "text", "stop", None)] * 2
+            # The bar is drawn by a thread, several times a second.
+            until = time.monotonic() + 60
+            while f"{2 * number + 4}/8" not in self._drawn():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+
+
+def test_the_progress_bar_tells_speed_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    sampler = SlowSampler(out.getvalue)
+
+    def clock() -> float:
+        return sampler.seconds
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=clock))
+    console = Console(file=out, force_terminal=True, width=100, get_time=clock, color_system=None)
+    prompts = [Group(str(i), "x", ({"role": "user", "content": "?"},), ()) for i in range(4)]
+    params = SamplingParams(n=2, max_tokens=64, seed=0)
+    with SampleStore(tmp_path / "store") as store:
+        done = Group("0", "x", prompts[0].prompt, ("a", "b"))
+        store.add(0, done)  # by an earlier run, so it counts for the bar but not for the speed
+        assert command._sample_all(prompts, sampler, params, store, console) == 300
+    first = next(line for line in out.getvalue().splitlines() if "4/8" in line)
+    assert first.split()[-5:] == ["4/8", "10", "tokens/s", "ETA", "0:00:20"]

@@ -101,7 +101,7 @@ def test_responses_of_one_prompt_are_compared_two_by_two() -> None:
 
 def test_one_response_has_raters_and_no_preferences() -> None:
     found = figures((((1, 2, 2),),))["all"]
-    assert found["preferences"] is None
+    assert found["preferences"] == {"compared": 0, "not_comparable": 0, "shares": None}
     assert found["attributes"]["helpfulness"]["pairs"] == 3
 
 
@@ -112,7 +112,7 @@ def test_attributes_and_responses_that_nobody_rated() -> None:
     assert np.isnan(found["attributes"]["helpfulness"]["kappa"]["file_order"].value)
     assert found["attributes"]["wit"]["rated"] == 1
     assert found["raters_a_response"].value == 2.0
-    assert found["preferences"] is None
+    assert found["preferences"] == {"compared": 0, "not_comparable": 1, "shares": None}
 
 
 def test_nothing_annotated_is_nothing() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from helpsteer2.data.groups import Group
+from helpsteer2.data.groups import Group, read_prompts
 from helpsteer2.data.sources.chat_files import ChatFiles
-from helpsteer2.errors import Problem
+from helpsteer2.errors import DataError, Problem
 
 NAMES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -189,3 +189,35 @@ def test_nemo_aligners_own_rows_are_read() -> None:
     assert len(groups) == 50
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [g.responses[0] for g in groups] == [r["conversations"][-1]["value"] for r in rows]
+
+
+@pytest.mark.parametrize("make", [messages, conversations])
+def test_sampling_answers_the_last_question(
+    tmp_path: Path, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        make("u1"),
+        make("s1", "u1"),
+        make("u1", "a1"),
+        make("u1", "a1", "u2"),
+        make("a0", "u1", "a1", "u2", "a2"),
+    ]
+    read(tmp_path, *rows)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        groups = list(read_prompts(ChatFiles(str(tmp_path)), "train"))
+    expected = [["u1"], ["s1", "u1"], ["u1"], ["u1", "A1", "u2"], ["u1", "A1", "u2"]]
+    assert [texts(group) for group in groups] == expected
+    assert {group.responses for group in groups} == {()}
+    assert [group.id for group in groups] == [f"train-{i}" for i in range(5)]
+    assert groups[1].source.endswith("train.jsonl:2")
+    assert "an answer before any question was left out of 1 conversations" in caplog.text
+    assert "what follows" not in caplog.text
+
+
+@pytest.mark.parametrize("row", [messages("s1"), messages("a1"), messages(), messages("u1", "u2")])
+def test_a_conversation_without_a_question_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
+    read(tmp_path, messages("u1"), row)
+    words = r"train\.jsonl:2: messages.*: (has no message of the user|two messages of the user)"
+    with pytest.raises(DataError, match=words):
+        list(read_prompts(ChatFiles(str(tmp_path)), "train"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -27,6 +27,9 @@ class Fake:
         for i in range(self.n):
             prompt = (Message(role="user", content=f"prompt {i % 300}"),)
             yield Group(f"{split}-{i}", "", prompt, ("x",))
+
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        return (replace(group, responses=()) for group in self.read(split, report))
 
     def fingerprint(self, split: str) -> str:
         return f"{split} {self.n}"
@@ -87,3 +90,13 @@ def test_unknown_split() -> None:
         list(folds.read("test", print))
     with pytest.raises(UserError, match="test"):
         folds.fingerprint("test")
+
+
+def test_prompts_are_cut_as_groups_are() -> None:
+    folds = PromptFolds(Fake(), ["train", "validation"], folds=5, fold=1)
+    for split in ("train", "validation"):
+        problems: list[Problem] = []
+        prompts = list(folds.prompts(split, problems.append))
+        assert [g.id for g in prompts] == [g.id for g in folds.read(split, lambda p: None)]
+        assert not any(group.responses for group in prompts)
+        assert len(problems) == 2

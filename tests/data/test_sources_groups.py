@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from helpsteer2.data.groups import Group, Message, read_all
+from helpsteer2.data.groups import Group, Message, read_all, read_prompts
 from helpsteer2.data.sources.group_files import GroupFiles, write_groups
-from helpsteer2.errors import Problem, UserError
+from helpsteer2.errors import DataError, Problem, UserError
 
 NAMES = ("helpfulness", "wit")
 needs_parquet = pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")
@@ -169,3 +169,41 @@ def test_misspelt_optional_column_would_lose_the_ratings(tmp_path: Path) -> None
     assert found == []
     assert [p.field for p in problems] == ["attributes"]
     assert "'atributes'" in problems[0].message
+
+
+@pytest.mark.parametrize("rest", [{}, {"responses": []}, {"responses": ["a"]}, {"responses": 7}])
+def test_prompts_are_read_with_and_without_responses(tmp_path: Path, rest: dict[str, Any]) -> None:
+    rows = [{"id": f"p{i}", "prompt": [USER], **rest} for i in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = GroupFiles(str(tmp_path / "prompts.jsonl"))
+    groups = list(read_prompts(source, "train"))
+    assert [group.id for group in groups] == ["p0", "p1", "p2"]
+    assert all(group.prompt == (USER,) and group.responses == () for group in groups)
+    assert groups[1].source.endswith("prompts.jsonl:2")
+
+
+def test_prompts_without_responses_are_no_groups(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row(), row(id="y", responses=[]))))
+    with pytest.raises(DataError, match=r"train\.jsonl:2: responses: has no response: .*sample"):
+        list(read_all(GroupFiles(str(file)), "train"))
+    file.write_text(json.dumps({"id": "x", "prompt": [USER]}) + "\n")
+    with pytest.raises(DataError, match=r"train\.jsonl: responses: the column is missing"):
+        list(read_all(GroupFiles(str(file)), "train"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"id": "x", "prompt": [USER]}] * 2, ":2: id: the id 'x' was there before"),
+        ([{"id": "x", "prompt": "q"}], ":1: prompt: expected a list, got the text"),
+        ([{"id": "x", "prompt": []}], ":1: prompt: expected at least one message"),
+        ([{"prompt": [USER]}], "id: the column is missing"),
+        ([{"messages": [USER]}], "read it with data=chat"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path: Path, rows: list[Any], words: str) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(DataError) as error:
+        list(read_prompts(GroupFiles(str(tmp_path)), "train"))
+    assert words in str(error.value)

@@ -87,9 +87,41 @@ def test_a_model_of_one_score_is_judged_by_it(fakes, context):
     scorer = fakes.scorer(lambda prompt, text: [float(text)], attribute_names=("reward",))
     evaluation = PreferenceEvaluation(source(fakes, PAIRS), resamples=QUICK)
     result = evaluation.evaluate(scorer, context)
-    assert set(result["weightings"]) == {"score", "longer_response"}
-    assert result["weightings"]["score"]["accuracy"]["value"] == pytest.approx(3 / 5)
-    assert evaluation.headlines(result)["score, all %"].startswith("60.0")
+    assert set(result["weightings"]) == {"own_reward", "longer_response"}
+    assert result["weightings"]["own_reward"]["accuracy"]["value"] == pytest.approx(3 / 5)
+    assert evaluation.headlines(result)["own_reward, all %"].startswith("60.0")
+    assert result["outcomes"] == "110=1"
+
+
+def test_gains_on_the_first_model_are_paired(fakes, context, tmp_path):
+    pairs = [pair(i, 1, 2, 1 if i % 3 else -1) for i in range(60)]
+    evaluation = PreferenceEvaluation(source(fakes, pairs), resamples=400)
+    functions = {
+        "first": lambda prompt, text: [float(text)],
+        "same order": lambda prompt, text: [float(text) ** 3],
+        "opposite": lambda prompt, text: [-float(text)],
+        "nearly": lambda prompt, text: [float(text) * (-1 if prompt == "prompt 1" else 1)],
+    }
+    results = {
+        name: evaluation.evaluate(
+            fakes.scorer(function, attribute_names=("reward",)),
+            replace(context, scores_dir=tmp_path / name),
+        )
+        for name, function in functions.items()
+    }
+    results["several scores"] = evaluation.evaluate(
+        fakes.scorer(reads_number), replace(context, scores_dir=tmp_path / "several")
+    )
+    gains = evaluation.gains(results, seed=1)
+    assert "first" not in gains
+    assert gains["same order"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert gains["opposite"]["value"] == pytest.approx(1 / 3 - 2 / 3)
+    assert gains["nearly"]["value"] == pytest.approx(-1 / 60)
+    # One pair of sixty decides: far narrower than the interval of either accuracy.
+    assert gains["nearly"]["high"] - gains["nearly"]["low"] < 0.1
+    accuracy = results["first"]["weightings"]["own_reward"]["accuracy"]
+    assert accuracy["high"] - accuracy["low"] > 0.15
+    assert gains["several scores"] == {"value": None, "low": None, "high": None}
 
 
 def test_the_table_tells_ties_and_what_was_left_out(fakes, context, as_text):

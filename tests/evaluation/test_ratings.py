@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from helpsteer2.attributes import AttributeWeights
 from helpsteer2.data.groups import Group
 from helpsteer2.errors import DataError, UserError
 from helpsteer2.evaluation.baselines import length_predictor, mean_predictor, read_rated
+from helpsteer2.evaluation.meaning import ScoreMeaning
 from helpsteer2.evaluation.ratings import RatingEvaluation
+from helpsteer2.losses.preference import BradleyTerry, MarginBradleyTerry, ScaledBradleyTerry
+from helpsteer2.modules.regression import RegressionModule
 
 QUICK = 60
 
@@ -201,7 +206,7 @@ def test_a_weighting_that_does_not_fit_is_skipped_and_says_why(fakes, source, co
     scorer = fakes.scorer(lambda prompt, response: [len(response)], ("helpfulness",))
     evaluation = RatingEvaluation(source, resamples=QUICK)
     result = evaluation.evaluate(scorer, context)
-    assert set(result["weightings"]) == {"helpfulness_only"}
+    assert set(result["weightings"]) == {"own_reward", "helpfulness_only"}
     assert "need" in result["skipped_weightings"]["brief"]
     assert "skipped" in as_text(evaluation.tables(result))
 
@@ -210,8 +215,61 @@ def test_a_single_score_of_any_name_is_its_own_reward(fakes, source, context):
     scorer = fakes.scorer(lambda prompt, response: [float(response[0])], ("LABEL_0",))
     evaluation = RatingEvaluation(source, resamples=QUICK)
     result = evaluation.evaluate(scorer, context)
-    assert result["weightings"]["score"]["pairs_by_helpfulness"]["accuracy"]["value"] == 1.0
+    assert set(result["weightings"]) == {"own_reward"}
+    assert result["weightings"]["own_reward"]["pairs_by_helpfulness"]["accuracy"]["value"] == 1.0
     assert "known" not in result["attributes"]["LABEL_0"]
+
+
+def test_the_stored_weighting_comes_first(fakes, source, context, as_text):
+    stored = AttributeWeights("uniform", {"verbosity": 1.0})  # another one of the same name
+    own = replace(context, meaning=ScoreMeaning(stored))
+    evaluation = RatingEvaluation(source, resamples=QUICK)
+    rewards = evaluation.evaluate(fakes.scorer(ratings_in), own)["weightings"]
+    assert list(rewards) == ["own_reward", "helpfulness_only", "uniform", "brief"]
+    brief, verbose = (rewards[name]["outputs"]["mean"] for name in ("brief", "own_reward"))
+    assert verbose == pytest.approx(-brief)
+
+
+def test_scores_without_a_unit_are_judged_by_order_alone(fakes, source, context, as_text):
+    evaluation = RatingEvaluation(source, resamples=QUICK)
+    scorer = fakes.scorer(ratings_in)
+    known = evaluation.evaluate(scorer, context)["attributes"]["helpfulness"]
+    unitless = replace(context, meaning=ScoreMeaning(are_ratings=False))
+    result = evaluation.evaluate(scorer, unitless)
+    found = result["attributes"]["helpfulness"]
+    model = found["predictors"]["model"]
+    for error in ("mse", "mae", "r2"):
+        assert model[error]["value"] is None
+    assert model["calibration_error"] is None
+    for kept in ("pearson", "spearman", "pairs"):
+        assert model[kept] == known["predictors"]["model"][kept]
+    for predictor in ("mean", "length"):
+        assert found["predictors"][predictor] == known["predictors"][predictor]
+    assert found["differences"]["mse_gain_over_mean"]["value"] is None
+    gain = "pair_accuracy_gain_over_length"
+    assert found["differences"][gain] == known["differences"][gain]
+    text = as_text(evaluation.tables(result))
+    assert "have no unit" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+    assert evaluation.headlines(result)["helpfulness, MSE"] == "–"
+
+
+def test_the_objective_and_the_extrapolation_tell_whether_scores_are_ratings():
+    rating = RegressionModule.objective
+    preferences = [
+        loss.objective for loss in (BradleyTerry, MarginBradleyTerry, ScaledBradleyTerry)
+    ]
+    told = {
+        objective: ScoreMeaning.of(spec(objective)).are_ratings
+        for objective in ("", rating, *preferences, f"{rating}, then {preferences[0]}")
+    }
+    assert [objective for objective, ratings in told.items() if ratings] == ["", rating]
+    assert ScoreMeaning.of(spec(f"{preferences[0]}, then {rating}")).are_ratings
+    assert not ScoreMeaning.of(spec(rating, extrapolation=object())).are_ratings
+
+
+def spec(objective, extrapolation=None):
+    return SimpleNamespace(weights=None, objective=objective, extrapolation=extrapolation)
 
 
 def test_no_weighting_that_fits_is_an_error(fakes, source, context):

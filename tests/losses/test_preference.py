@@ -121,9 +121,9 @@ def test_undecided_pairs_weigh_nothing_and_have_no_gradient(
     assert decided(strength).tolist() == [True, False]
 
 
-def test_a_tie_of_scores_is_half_a_win() -> None:
+def test_a_tie_of_scores_is_no_win() -> None:
     _, sums = BradleyTerry()(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, -2.0]))
-    assert sums["won"].item() == 1.5
+    assert sums["won"].item() == 1
     assert sums["decided"].item() == 3
 
 

@@ -13,6 +13,7 @@ from helpsteer2.__main__ import main
 from helpsteer2.commands import CONFIG_COMMANDS
 from helpsteer2.config.command import ConfigCommand
 from helpsteer2.config.compose import conf_dir
+from helpsteer2.pipeline.iterative_dpo import IterativeDPO
 from helpsteer2.pipeline.stages import Output, Stage, overrides_of
 from tests.pipeline import tiny
 
@@ -51,6 +52,16 @@ class Recipe:
                 {**overrides_of(self.third), "model": model, "weights": self.weights},
             ),
         )
+
+
+@dataclass(frozen=True)
+class UpToScoredPairs(IterativeDPO):
+    """Iterative DPO without what follows the scored pairs: the same kinds of stages once more."""
+
+    def stages(self, seed: int) -> Sequence[Stage]:
+        """All up to ``pairs_1``."""
+        stages = list(super().stages(seed))
+        return stages[: [stage.name for stage in stages].index("pairs_1") + 1]
 
 
 def write_conf(folder: Path) -> Path:

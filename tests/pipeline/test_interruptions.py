@@ -26,8 +26,10 @@ def outputs(place: Place) -> dict[str, Any]:
     return {entry["name"]: entry["outputs"] for entry in place.manifest()}
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 100
+def wait_for(
+    condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 100
+) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "it did not happen"

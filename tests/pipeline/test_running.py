@@ -30,7 +30,7 @@ def test_stages_run_once_in_order(place: Place, capsys: pytest.CaptureFixture[st
     assert list(place.starts().values()) == [1, 1, 1]
     first, second, third = entries
     assert list(second["inputs"]) == [f"{Path(first['folder']).name}/export"]
-    assert set(first["outputs"]) == {"export/weights.txt", "groups.jsonl", "result.json"}
+    assert set(first["outputs"]) == {"export/weights.txt", "groups.jsonl"}
     assert all(entry["wall_seconds"] > 0 for entry in entries)
     result = json.loads((place.folder / "run" / "result.json").read_text())
     assert result["metrics"] == {"third": {"weight": 1.0}}
@@ -95,6 +95,12 @@ def test_dry_run_tells_why_and_leaves_nothing(
     assert "rate: 0.1 → 0.2 (since second-" in rows[1][4]
 
 
+def test_dry_run_may_be_typed_as_a_flag(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.launch("--dry-run")
+    assert capsys.readouterr().out.count("never ran") == 3
+    assert not place.stages_dir.exists()
+
+
 def test_every_mistake_of_every_stage_comes_before_the_first_runs(place: Place) -> None:
     with pytest.raises(ConfigError) as caught:
         place.run(first={"rat": 1}, second={"steps": "many"}, third={"exta": 1})
@@ -143,6 +149,25 @@ def test_an_edited_output_is_named(place: Place) -> None:
     place.run()
     names = [name.partition("-")[0] for name in place.starts().elements()]
     assert sorted(names) == ["first", "second", "second", "third", "third"]
+
+
+def test_a_record_of_times_and_versions_is_no_output(place: Place) -> None:
+    place.run()
+    # As the stage's own command line writes it, run once more by hand; and one of an older version.
+    folder = place.stage("third")
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "wall_seconds": 12.5}))
+    record = json.loads((folder / "stage.json").read_text())
+    record["outputs"]["result.json"] = "hash of its first content"
+    (folder / "stage.json").write_text(json.dumps(record))
+    place.run()
+    assert place.starts().total() == 3
+    with pytest.raises(ConfigError, match=r"'result\.json' is no output of a stage"):
+        place.run(third={"extra": ["@first/result.json"]})
+    # The pipeline tells its metrics: without it the stage is not done.
+    (folder / "result.json").unlink()
+    place.run()
+    assert place.starts()[folder.name] == 2
 
 
 @pytest.mark.parametrize("name", ["second", "third"])

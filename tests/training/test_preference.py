@@ -189,14 +189,19 @@ def test_validation_is_one_set_of_figures_over_the_split(tmp_path: Path) -> None
         assert figures[0][f"val/strength_{m:.0f}/pair_accuracy"] == pytest.approx(share)
 
 
-def test_equal_scores_are_half_right_and_told_apart(tmp_path: Path) -> None:
+def test_equal_scores_are_misses_and_told_apart(tmp_path: Path) -> None:
     data, tokenizer, chat = make_data(tmp_path, tokens=1000)
     module = make_module(tokenizer, chat, optimizer=partial(torch.optim.SGD, lr=0.0))
     module.model.head.weight.data.zero_()
     figures = fit(module, data, limit_val_batches=1.0).callback_metrics
-    assert figures["val/pair_accuracy"] == 0.5
+    assert figures["val/pair_accuracy"] == 0
+    by_strength = [name for name in figures if name.startswith("val/strength_")]
+    assert len(by_strength) > 1
+    assert all(figures[name] == 0 for name in by_strength if name.endswith("/pair_accuracy"))
     assert figures["val/predicted_ties"] == len(data.validation)
     assert math.isnan(figures["val/strength_pearson"])
+    _, sums = module.loss_sums(pack([data.train[i] for i in range(len(data.train))]))
+    assert module.step_metrics(sums.tolist()) == {"train/pair_accuracy": 0}
 
 
 def regression_run(folder: Path) -> Path:
@@ -281,7 +286,7 @@ def test_published_schemas_train(tmp_path: Path) -> None:
     start = "\n\nHuman: say {}\n\nAssistant:"
     for split in ("train", "test"):
         dialogues = [
-            {"chosen": f"{start.format(i)} yes {i}", "rejected": f"{start.format(i)} no"}
+            {"chosen": f"{start.format(i)} yes {i}", "rejected": f"{start.format(i)} {split}"}
             for i in range(8)
         ]
         write_rows(tmp_path / f"{split}.jsonl.gz", dialogues)

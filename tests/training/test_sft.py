@@ -212,8 +212,10 @@ class Unrated(ToyGroups):
     attribute_names: tuple[str, ...] = ()
 
     def read(self, split: str, report: Any) -> Iterator[Group]:
+        more = ("red",) if split == "train" else ()  # or else it would be the same groups
         for group in super().read("train", report):
-            yield replace(group, attributes=None, preference_strength=None)
+            texts = group.responses + more
+            yield replace(group, responses=texts, attributes=None, preference_strength=None)
 
 
 def test_a_policy_learns_unrated_texts_by_heart_and_is_exported(tmp_path: Path, capsys) -> None:

@@ -77,6 +77,21 @@ class RowSource(ABC):
         """
         return self.groups(self.rows(split, report), split, report)
 
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream the prompts of a split for sampling: those of its groups, unless overridden.
+
+        Args:
+            split: ``train``, ``validation``, …
+            report: Called with every problem.
+
+        Yields:
+            Groups, whose responses are not looked at.
+
+        Raises:
+            UserError: As ``read`` does.
+        """
+        return self.read(split, report)
+
     def fingerprint(self, split: str) -> str:
         """Hash of everything that ``read`` depends on: content, settings, and schema version.
 

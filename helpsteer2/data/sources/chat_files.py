@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -52,6 +52,7 @@ class ChatFiles(RowSource):
     conversation once. ``"weight": 0`` at a message of the assistant leaves it out, as in OpenAI's
     chat format. The response is the last answer that is learned; what follows it, such as a last
     question without an answer, is left out and counted, and so is an answer before any question.
+    Sampling answers the last question, so for it a file may hold questions alone.
 
     In ``conversations`` the ``mask`` has to be the user, which is also its default. A ``label``
     (attributes that SteerLM conditions on) is not part of the text here; such rows are counted.
@@ -90,25 +91,43 @@ class ChatFiles(RowSource):
         """One group a row."""
         numbers = itertools.count()
         counts: Counter[str] = Counter()
-        for row in rows:
-            if row.values is None:
-                continue
-            check = RowCheck(row, report, self.max_characters)
-            messages = self._messages(check)
-            _check_turns(check, self._form, messages)
-            kept = _learnable(messages, counts) if check.ok else []
-            if check.ok and not kept:
+        for check, messages in self._conversations(rows, report):
+            kept = _learnable(messages, counts)
+            if not kept:
                 check.fail(self.schema, "has no message of the assistant to learn")
-            if not check.ok:
                 continue
-            counts["with labels"] += _is_labelled(row)
+            counts["with labels"] += _is_labelled(check.row)
             yield Group(
                 id=group_id(split, next(numbers)),
-                source=place(row),
+                source=place(check.row),
                 prompt=tuple(kept[:-1]),
                 responses=(kept[-1]["content"],),
             )
         self._log(split, counts)
+
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream the conversations of a split up to their last question, answered or not."""
+        numbers = itertools.count()
+        counts: Counter[str] = Counter()
+        for check, messages in self._conversations(self.rows(split, report), report):
+            asked = _up_to_last(messages, lambda message: message["role"] == "user", counts)
+            if not asked:
+                check.fail(self.schema, "has no message of the user to answer")
+                continue
+            identity = group_id(split, next(numbers))
+            yield Group(identity, place(check.row), prompt=tuple(asked), responses=())
+        self._log(split, counts)
+
+    def _conversations(
+        self, rows: Iterable[Row], report: Report
+    ) -> Iterator[tuple[RowCheck, list[Message]]]:
+        """The rows that are in order, with their messages."""
+        for row in rows:
+            check = RowCheck(row, report, self.max_characters)
+            messages = self._messages(check)
+            _check_turns(check, self._form, messages)
+            if check.ok:
+                yield check, messages
 
     def _messages(self, check: RowCheck) -> list[Message]:
         """The messages of a row, learned answers marked; every mistake is reported."""
@@ -194,15 +213,23 @@ def _check_turns(check: RowCheck, form: Form, messages: list[Message]) -> None:
 
 def _learnable(messages: list[Message], counts: Counter[str]) -> list[Message]:
     """From the first question to the last learned answer; empty if there is none."""
-    ends = [i for i, message in enumerate(messages) if message.get("train")]
-    kept = messages[: ends[-1] + 1] if ends else []
+    kept = _up_to_last(messages, lambda message: message.get("train", False), counts)
+    counts["trailing"] += bool(kept) and kept[-1] is not messages[-1]
+    return kept
+
+
+def _up_to_last(
+    messages: list[Message], ends: Callable[[Message], bool], counts: Counter[str]
+) -> list[Message]:
+    """From the first question to the last message that is an end; empty if there is none."""
+    places = [i for i, message in enumerate(messages) if ends(message)]
+    kept = messages[: places[-1] + 1] if places else []
     system = [message for message in kept if message["role"] == "system"]
     turns = kept[len(system) :]
     first = 1 if turns and turns[0]["role"] == "assistant" else 0
     if not turns[first:]:
         return []
     counts["leading"] += first
-    counts["trailing"] += len(kept) < len(messages)
     return [*system, *turns[first:]]
 
 

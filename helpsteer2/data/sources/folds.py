@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from helpsteer2.data.groups import Group, GroupSource, Message, Report
@@ -62,11 +62,11 @@ class PromptFolds:
         Raises:
             UserError: If ``split`` is another one.
         """
-        held_out = self._held_out(split)
-        for part in self.splits:
-            for group in self.of.read(part, report):
-                if (fold_of(group.prompt, self.folds) == self.fold) == held_out:
-                    yield group
+        return self._side(split, report, self.of.read)
+
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream the prompts of ``train`` or ``validation``, as ``read`` streams the groups."""
+        return self._side(split, report, self.of.prompts)
 
     def fingerprint(self, split: str) -> str:
         """Hash of the source's content and of the cut."""
@@ -74,6 +74,16 @@ class PromptFolds:
         parts = [self.of.fingerprint(part) for part in self.splits]
         cut = json.dumps(["folds", split, self.folds, self.fold, *parts])
         return hashlib.sha256(cut.encode()).hexdigest()
+
+    def _side(
+        self, split: str, report: Report, read: Callable[[str, Report], Iterator[Group]]
+    ) -> Iterator[Group]:
+        """Of what ``read`` streams, the groups of one side."""
+        held_out = self._held_out(split)
+        for part in self.splits:
+            for group in read(part, report):
+                if (fold_of(group.prompt, self.folds) == self.fold) == held_out:
+                    yield group
 
     def _held_out(self, split: str) -> bool:
         if split not in ("train", "validation"):

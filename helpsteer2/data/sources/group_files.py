@@ -16,6 +16,7 @@ A line of JSONL (or a row of Parquet with the same columns)::
 
 ``id``, ``prompt`` and ``responses`` must be there; the rest may be left out or null. A message of
 the assistant inside the prompt may have ``"train": true``. ``Group`` says what the columns mean.
+Prompts to sample from need no ``responses``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from helpsteer2.data.checks import RowCheck, did_you_mean, shown
+from helpsteer2.data.checks import RowCheck, check_columns, did_you_mean, shown
 from helpsteer2.data.groups import Group, Report
 from helpsteer2.data.rows import (
     SPLITS,
@@ -102,6 +103,22 @@ class GroupFiles(RowSource):
 
     def groups(self, rows: Iterable[Row], split: str, report: Report) -> Iterator[Group]:
         """One group a row, refusing an id that was there before."""
+        for check, identity in self._identified(rows, report):
+            group = self._group(check, identity)
+            if check.ok:
+                yield group
+
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream the prompts of a split; of responses and their ratings nothing is read."""
+        rows = read_part(self.path, self.parts(split)[0], report)
+        rows = check_columns(rows, self.schema, report, unused=("responses",))
+        for check, identity in self._identified(rows, report):
+            group = Group(identity, _source(check), messages(check), responses=())
+            if check.ok:
+                yield group
+
+    def _identified(self, rows: Iterable[Row], report: Report) -> Iterator[tuple[RowCheck, str]]:
+        """Rows with their ids."""
         seen: set[int] = set()
         for row in rows:
             check = RowCheck(row, report, self.max_characters)
@@ -114,15 +131,13 @@ class GroupFiles(RowSource):
                 if key in seen:
                     check.fail("id", f"the id {identity[:80]!r} was there before")
                 seen.add(key)
-            group = self._group(check, identity or "")
-            if check.ok:
-                yield group
+            yield check, identity or ""
 
     def _group(self, check: RowCheck, identity: str) -> Group:
         values = check.row.values or {}
         responses = items(check, "responses", check.value("responses"))
         if not responses:
-            check.fail("responses", "expected at least one response")
+            check.fail("responses", "has no response: `helpsteer2 sample` makes some")
         may_be_empty = is_sampled(check)
         texts = [
             check.text_of(f"responses[{i}]", response, may_be_empty) or ""
@@ -135,10 +150,9 @@ class GroupFiles(RowSource):
             strength = check.whole_of("preference_strength", strength, -3, 3)
             if len(texts) != 2:
                 check.fail("preference_strength", f"needs two responses, there are {len(texts)}")
-        source = values.get("source")
         return Group(
             id=identity,
-            source=source if isinstance(source, str) else place(check.row),
+            source=_source(check),
             prompt=messages(check),
             responses=tuple(texts),
             attributes=attributes,
@@ -175,6 +189,12 @@ class GroupFiles(RowSource):
                 )
             )
         return tuple(rows)
+
+
+def _source(check: RowCheck) -> str:
+    """Where a group comes from: what its row says, else the row itself."""
+    source = (check.row.values or {}).get("source")
+    return source if isinstance(source, str) else place(check.row)
 
 
 def write_groups(path: str | Path, groups: Iterable[Group], attribute_names: Sequence[str]) -> int:

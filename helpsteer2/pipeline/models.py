@@ -1,0 +1,139 @@
+"""Whether the models that stages read are what they need, found out before the first one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpsteer2.attributes import AttributeWeights
+from helpsteer2.errors import UserError
+from helpsteer2.evaluation.scoring import usable_weightings
+from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE, RewardSpec
+from helpsteer2.pipeline.stages import Output
+
+if TYPE_CHECKING:
+    from helpsteer2.pipeline.plan import PlannedStage
+
+
+def model_mistakes(stages: Mapping[str, PlannedStage]) -> list[str]:
+    """Find models that a stage could not use.
+
+    Of a model in a folder the small files are read, of one that a stage trains the configuration.
+    What neither tells (a Hub id, a server, a model of another project) is left to the stage.
+
+    Args:
+        stages: The plan, by name.
+
+    Returns:
+        Each mistake, with the first stage that would find it.
+    """
+    checks = {"reference": _reads_policy, "annotate": _reads_rewards, "pairs": _weights_scores}
+    found: dict[str, str] = {}
+    for name, stage in stages.items():
+        try:
+            if stage.stage.command in checks:
+                checks[stage.stage.command](stage, stages)
+        except UserError as error:
+            found.setdefault(str(error), name)
+    return [f"stage {name}: {message}" for message, name in found.items()]
+
+
+def _reads_policy(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    model = stage.stage.overrides.get("model")
+    _require_kind("policy", model, stages)
+    folder = _folder(model)
+    if folder is None or (folder / POLICY_FILE).is_file():
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{model} is no policy: it has no config.json and no {POLICY_FILE}")
+    if not _has_chat_template(folder):
+        raise UserError(
+            f"{model} has no chat template, so nobody could say where an answer begins and ends: "
+            "train it first (module=sft), or put a chat_template.jinja there"
+        )
+
+
+def _reads_rewards(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    if not _is_behind_server(stage):
+        _require_kind("reward model", stage.stage.overrides.get("model"), stages)
+    names = _score_names(stage, stages)
+    if names is not None:
+        weightings = stage.settings["weightings"] or {}
+        usable_weightings(map(_weighting, weightings.values()), tuple(names))
+
+
+def _weights_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    """The weighting that makes pairs has to fit what the reward model scores."""
+    groups = stage.stage.overrides.get("data.path")
+    if stage.settings["by"] != "scores" or not isinstance(groups, Output):
+        return
+    names = _score_names(stages[groups.stage], stages)
+    # A single score is the reward, whatever its name.
+    if names is None or len(names) == 1:
+        return
+    try:
+        _weighting(stage.settings["weights"]).vector(names)
+    except UserError as error:
+        model = stages[groups.stage].stage.overrides["model"]
+        told = f"stage {model.stage}" if isinstance(model, Output) else model
+        raise UserError(f"{error} (pipeline.weights=…); the model is that of {told}") from error
+
+
+def _score_names(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> Sequence[str] | None:
+    """Names of the scores that a stage gives; None if they are not known."""
+    model = stage.stage.overrides.get("model")
+    if stage.stage.command != "annotate" or _is_behind_server(stage):
+        return None
+    if isinstance(model, Output):
+        names: list[str] | None = stages[model.stage].settings["attributes"]
+        return names
+    folder = _folder(model)
+    spec = None if folder is None else RewardSpec.read(folder)
+    return None if spec is None else spec.attribute_names
+
+
+def _weighting(node: Mapping[str, Any]) -> AttributeWeights:
+    return AttributeWeights(node["name"], node["values"])
+
+
+def _is_behind_server(stage: PlannedStage) -> bool:
+    return stage.settings["rewarder.path"] is None
+
+
+def _require_kind(wanted: str, model: object, stages: Mapping[str, PlannedStage]) -> None:
+    """Refuse a model that is known to be of another kind."""
+    if isinstance(model, Output):
+        start = str(stages[model.stage].settings["model._target_"])
+        kinds = {".PolicyStart": "policy", ".RewardStart": "reward model"}
+        found = [kind for name, kind in kinds.items() if start.endswith(name)]
+        if found and found != [wanted]:
+            raise UserError(
+                f"needs a {wanted}, but stage {model.stage} trains a {found[0]}: choose another "
+                "module or experiment for it (choose.module=sft trains a policy)"
+            )
+    folder = _folder(model)
+    files = {"policy": POLICY_FILE, "reward model": SPEC_FILE}
+    other = next(kind for kind in files if kind != wanted)
+    if folder is not None and (folder / files[other]).is_file():
+        raise UserError(f"needs a {wanted}, but {model} is a {other}")
+
+
+def _folder(model: object) -> Path | None:
+    """The folder of a model that is given; None if it is a stage's, or on the Hub."""
+    if not isinstance(model, str):
+        return None
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    # The Hub's are owner/name; and a killed export may have set an older one aside.
+    if model.count("/") != 1 and not folder.with_name(f".{folder.name}.previous").is_dir():
+        raise UserError(f"{model}: no such folder")
+    return None
+
+
+def _has_chat_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    return any("chat_template" in file.name for file in folder.iterdir()) or (
+        settings.is_file() and '"chat_template"' in settings.read_text("utf-8", "replace")
+    )
