@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -107,9 +107,9 @@ class CountingSampler(LocalSampler):
         self.parameters = size.linear_parameters + head
         self.tally = Tally()
 
-    def _requests(self, prompts: Any, params: SamplingParams) -> Iterator[Request]:
-        for group, ids in prompts:
-            yield Request(group, np.asarray(ids, np.int32))
+    def _request(self, group: Any, params: SamplingParams) -> Request:
+        group, ids = group
+        return Request(group, np.asarray(ids, np.int32))
 
     def _step(self, cohorts: list[Cohort], truncation: Truncation) -> list[Ended]:
         rows = sum(len(cohort.keys) for cohort in cohorts)
