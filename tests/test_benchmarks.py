@@ -228,3 +228,16 @@ def test_http_scoring_runs(tmp_path: Path) -> None:
     assert case["throughput_share"]["per_round"]["median"] > 0
     assert case["latency_seconds"]["p99"] >= case["latency_seconds"]["p50"] > 0
     assert case["largest_difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_sampling_runs(tmp_path: Path) -> None:
+    options = ["--size", "XS", "--rounds", "1", "--warmup", "0", "--prompts", "2", "--n", "3"]
+    options += ["--max-tokens", "4", "--max-rows", "6", "--generate", "2", "--profile"]
+    record = run_benchmark("sampling", tmp_path / "sampling.json", *options)
+    [case] = record["cases"]
+    assert set(case["contenders"]) == {"ours_6", "generate_6_dynamic"}
+    ours = case["contenders"]["ours_6"]
+    assert ours["times_generate"]["fastest"] == "generate_6_dynamic"
+    assert 0 < ours["roofline"]["median"]
+    assert sum(case["profiles"]["ours_6"].values()) == pytest.approx(1)
