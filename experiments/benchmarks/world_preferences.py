@@ -33,7 +33,7 @@ from helpsteer2.rewards.scorer import RewardScorer
 RESULT = Path(__file__).parent / "results" / "world_preferences.json"
 HELD_OUT, HELD_OUT_SEED = 1000, 1003
 PAIRS = 19_200
-"""Pairs that each training sees: half of experiment=reward/world, where losses still differ."""
+"""Pairs of each training: a quarter of experiment=reward/world, where losses still differ."""
 CLEAR = 1.0
 """Oracle's difference in helpfulness from which a pair counts as clear."""
 
