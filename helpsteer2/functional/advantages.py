@@ -1,0 +1,121 @@
+"""How much better than expected each sampled token, or response, has turned out."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+GROUP_EPSILON = 1e-4
+"""Added to the standard deviation of a group's rewards, as TRL does."""
+
+
+def gae(
+    rewards: npt.ArrayLike,
+    values: npt.ArrayLike,
+    lengths: npt.ArrayLike,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: npt.ArrayLike | None = None,
+) -> Array:
+    """Generalised advantage estimation over the tokens of responses that lie end to end.
+
+    ``A_t = Σ_l (γλ)^l δ_{t+l}`` within the response, with ``δ_t = r_t + γ V_{t+1} − V_t``.
+
+    Args:
+        rewards: ``(N,)`` reward of each token, response after response.
+        values: ``(N,)`` value of the state in which each token was chosen.
+        lengths: ``(R,)`` tokens of each response, N in all; a response may have none.
+        gamma: γ, 1 in RLHF: a reward is worth the same whenever it comes.
+        lam: λ, 1 gives reward-to-go minus value, 0 the one-step error.
+        bootstrap: ``(R,)`` value of the state behind the last token: 0, the default, behind a
+            response that was finished; of one that was cut, what the critic expects.
+
+    Returns:
+        ``(N,)`` advantages; with the values they sum to the returns that a critic learns.
+
+    Raises:
+        ValueError: If the lengths do not fit.
+
+    Source: arXiv 1506.02438, equation 16.
+    """
+    r, v = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+    n = np.asarray(lengths, np.int64)
+    behind = np.zeros(len(n)) if bootstrap is None else np.asarray(bootstrap, np.float64)
+    if not len(r) == len(v) == n.sum() or len(behind) != len(n):
+        raise ValueError(
+            f"{len(r)} rewards, {len(v)} values and {len(behind)} values behind the end for "
+            f"{len(n)} responses of {n.sum()} tokens"
+        )
+    ends = np.cumsum(n)
+    following = np.append(v[1:], 0.0)
+    following[ends[n > 0] - 1] = behind[n > 0]
+    delta = r + gamma * following - v
+    advantages = np.zeros(len(r))
+    carried = np.zeros(len(n))
+    # The last tokens of all responses together, then those before them.
+    for back in range(1, int(n.max(initial=0)) + 1):
+        there = n >= back
+        place = ends[there] - back
+        carried[there] = delta[place] + gamma * lam * carried[there]
+        advantages[place] = carried[there]
+    return advantages
+
+
+def whiten(values: npt.ArrayLike) -> Array:
+    """Shift to mean 0 and scale to standard deviation 1, over all values together.
+
+    Args:
+        values: ``(N,)`` of the real tokens of a whole batch, of all ranks.
+
+    Returns:
+        ``(N,)``; zeros if all values are the same, since there is nothing to tell apart.
+    """
+    centred = np.asarray(values, np.float64)
+    centred = centred - centred.mean() if centred.size else centred
+    spread = centred.std() if centred.size else 0.0
+    # What is left of equal values after subtracting is rounding.
+    if spread <= 1e-12 * max(1.0, float(np.abs(values).max(initial=0.0))):
+        return np.zeros_like(centred)
+    return np.asarray(centred / spread)
+
+
+def leave_one_out(rewards: npt.ArrayLike, counted: npt.ArrayLike | None = None) -> Array:
+    """Baseline of each response: the mean reward of the other ones of its prompt.
+
+    It does not depend on the response itself, so subtracting it leaves the expected policy gradient
+    as it is.
+
+    Args:
+        rewards: ``(G, k)`` reward of k responses to each prompt.
+        counted: ``(G, k)`` bool, which rewards may stand in the mean of others; all by default.
+
+    Returns:
+        ``(G, k)``; the response's own reward where no other counts, which makes its advantage 0.
+
+    Source: arXiv 2402.14740, section 3.2.
+    """
+    r = np.asarray(rewards, np.float64)
+    use = np.ones(r.shape, bool) if counted is None else np.asarray(counted, bool)
+    kept = np.where(use, r, 0.0)
+    others = use.sum(axis=1, keepdims=True) - use
+    totals = kept.sum(axis=1, keepdims=True) - kept
+    return np.where(others > 0, totals / np.maximum(others, 1), r)
+
+
+def group_normalised(rewards: npt.ArrayLike) -> Array:
+    """Advantages of GRPO: rewards of a prompt's responses, less their mean, over their spread.
+
+    Args:
+        rewards: ``(G, k)`` reward of k ≥ 2 responses to each prompt.
+
+    Returns:
+        ``(G, k)``; zeros for a prompt whose responses earn the same.
+
+    Source: arXiv 2402.03300, section 4.1.2; the spread is that of a sample (k − 1), as in TRL.
+    """
+    r = np.asarray(rewards, np.float64)
+    centred = r - r.mean(axis=1, keepdims=True)
+    return np.asarray(centred / (r.std(axis=1, ddof=1, keepdims=True) + GROUP_EPSILON))
