@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.policies import EvaluatedPolicy
 from helpsteer2.evaluation.prompt_means import PromptMeans
+from helpsteer2.evaluation.rated_answers import RatedAnswers, best_scores, score
 from helpsteer2.evaluation.report import (
     keep_whole,
     named_table,
@@ -28,8 +29,6 @@ from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, usable_w
 from helpsteer2.functional.statistics import Interval
 from helpsteer2.generation.sampling import SamplingParams
 from helpsteer2.records import plain
-from helpsteer2.world.answers import best_answer
-from helpsteer2.world.oracle import rate_answer
 from helpsteer2.world.tasks import Task, parse_task
 
 if TYPE_CHECKING:
@@ -44,68 +43,7 @@ KL_ESTIMATOR = (
     "an answer (Monte Carlo, unbiased, in nats an answer)"
 )
 
-LEVELS = (0, 1, 2)
-"""Wordings of the best answer; which of them is worth most depends on the weighting."""
-
 EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class RatedAnswers:
-    """Answers of a policy to P prompts, n to each.
-
-    Attributes:
-        samples: The answers.
-        ratings: ``(P, n, A)`` of the oracle.
-    """
-
-    samples: Sequence[Sequence[Sample]]
-    ratings: Array
-
-    @classmethod
-    def of(cls, tasks: Iterable[Task], samples: Sequence[Sequence[Sample]]) -> RatedAnswers:
-        """Rate answers.
-
-        Args:
-            tasks: What each prompt asks.
-            samples: Answers to each prompt.
-        """
-        ratings = [
-            [rate_answer(task, sample.text) for sample in drawn]
-            for task, drawn in zip(tasks, samples, strict=True)
-        ]
-        return cls(samples, np.array(ratings, dtype=np.float64))
-
-    @property
-    def tokens(self) -> Array:
-        """``(P,)`` mean length in tokens, the closing one included."""
-        return np.array([np.mean([len(one.ids) for one in drawn]) for drawn in self.samples])
-
-    @property
-    def unfinished(self) -> Array:
-        """``(P,)`` share of the answers that were cut by the limit of their length."""
-        cut = [[one.finish_reason == "length" for one in drawn] for drawn in self.samples]
-        return np.array(cut, dtype=np.float64).mean(1)
-
-
-def score(ratings: Array, weights: AttributeWeights) -> Array:
-    """Weighted mean of ratings: the reward divided by the sum of the weights, taken as positive.
-
-    Args:
-        ratings: ``(…, A)``.
-        weights: The weighting.
-
-    Returns:
-        ``(…)``, 0–4 if no weight is negative.
-    """
-    total = sum(map(abs, weights.values.values()))
-    return np.asarray(weights.reward(ratings, HELPSTEER2_ATTRIBUTES) / total)
-
-
-def best_scores(tasks: Iterable[Task], weights: AttributeWeights) -> Array:
-    """``(P,)`` score of the best answer to each prompt, in the wording that scores highest."""
-    ratings = [[rate_answer(task, best_answer(task, level)) for level in LEVELS] for task in tasks]
-    return score(np.array(ratings, dtype=np.float64), weights).max(1)
 
 
 @dataclass(frozen=True)
@@ -167,8 +105,9 @@ class WorldPolicyEvaluation:
 
         Returns:
             ``attributes`` (mean ratings), ``weightings`` (mean scores of sampled and greedy
-            answers, of the best of n and of the best answer there is, and what is gained on the
-            baseline), ``tokens``, ``unfinished``, ``kl``, the counts and some answers.
+            answers, of the best of n and of the best answer there is, null where that one is not
+            known (``best_scores``), and what is gained on the baseline), ``tokens``,
+            ``unfinished``, ``kl``, the counts and some answers.
 
         Raises:
             DataError: If a row of the data is bad.
@@ -258,7 +197,7 @@ class WorldPolicyEvaluation:
         rows = {}
         for name, figures in result["weightings"].items():
             rows[f"{name}, sampled"] = with_interval(figures["sampled"], 2)
-            if "gap_closed" in figures:
+            if "gap_closed" in figures and figures["gap_closed"]["value"] is not None:
                 rows[f"{name}, gap closed %"] = percent_with_interval(figures["gap_closed"])
         rows["unfinished %"] = percent_with_interval(result["unfinished"]["sampled"])
         rows["tokens"] = with_interval(result["tokens"]["sampled"], 1)

@@ -14,11 +14,8 @@ from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, AttributeWeights
 from helpsteer2.data.groups import Group
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.prompt_means import PromptMeans
-from helpsteer2.evaluation.world_policy import (
-    WorldPolicyEvaluation,
-    best_scores,
-    score,
-)
+from helpsteer2.evaluation.rated_answers import best_scores, score
+from helpsteer2.evaluation.world_policy import WorldPolicyEvaluation
 from helpsteer2.generation.sampling import Sample, SamplingParams
 from helpsteer2.plots import save
 from helpsteer2.world.answers import best_answer, random_answer
@@ -198,6 +195,34 @@ def test_a_score_is_a_weighted_mean_and_the_best_wording_counts(judge: Judge) ->
     assert result["attributes"]["helpfulness"]["sampled"]["value"] == pytest.approx(4.0)
     with pytest.raises(UserError, match="two weightings"):
         judge("best", RLHF, RLHF)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"complexity": 1.0, "verbosity": 0.5},
+        {"helpfulness": 1.0, "verbosity": -0.4},
+        {"helpfulness": 1.0, "correctness": -0.1},
+    ],
+)
+def test_no_gap_where_another_answer_may_be_better(judge: Judge, values: Any) -> None:
+    result = judge("half", AttributeWeights("other", values), baseline="random")
+    figures = result["weightings"]["other"]
+    for name in ("best_answer", "gap_closed", "best_of_n_gap_closed"):
+        assert figures[name] == {"value": None, "low": None, "high": None}
+    assert figures["best_of_n"]["value"] >= figures["sampled"]["value"]
+    evaluation = WorldPolicyEvaluation(DATA, SAMPLING, baseline="random")
+    assert set(evaluation.headlines(result)) == {"other, sampled", "unfinished %", "tokens"}
+
+
+@pytest.mark.parametrize("complexity", [-1.0, 0.0, 1.0])
+def test_no_answer_scores_above_the_best(complexity: float) -> None:
+    weights = AttributeWeights("w", {**RLHF.values, "complexity": complexity})
+    rng = random.Random(0)
+    for task, best in zip(tasks(), best_scores(tasks(), weights), strict=True):
+        answers = [random_answer(rng, task) for _ in range(20)]
+        others = score(np.array([rate_answer(task, answer) for answer in answers]), weights)
+        assert others.max() <= best + 1e-9
 
 
 def test_prompts_of_other_data_are_refused(judge: Judge, fakes: Any) -> None:
