@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from helpsteer2.data.pairs import decided_pairs, different_pairs, rewarded_pairs
 from helpsteer2.data.token_store import TokenisedGroups
 from helpsteer2.losses.dpo import DPOLoss, PairLogprobs, preferred_first
 from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
-from helpsteer2.modules.validation import gather_split
 
 if TYPE_CHECKING:
     from helpsteer2.models.policy import Policy
@@ -72,7 +72,6 @@ class DPOModule(StepModule):
         self.objective = loss.objective
         if sft_weight:
             self.objective += f", and {sft_weight:g} × SFT loss of the preferred responses"
-        self._validated: list[tuple[Tensor, ...]] = []
 
     @classmethod
     def usable(cls, groups: TokenisedGroups, split: str) -> TokenisedGroups:
@@ -108,28 +107,18 @@ class DPOModule(StepModule):
             batch.preference_strength,
         )
 
-    def on_validation_epoch_start(self) -> None:
-        """Start with no pairs."""
-        self._validated = []
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Read a packed batch of the validation split."""
+    def validation_columns(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """A row a pair: the columns of ``PairLogprobs``."""
         pairs = self._pairs(batch)
-        columns = [getattr(pairs, field.name) for field in fields(pairs)]
-        self._validated.append(tuple(column.cpu() for column in (batch.group_indices, *columns)))
+        return batch.group_indices, *(getattr(pairs, field.name) for field in fields(pairs))
 
-    def on_validation_epoch_end(self) -> None:
-        """Gather every rank's pairs and log ``val/loss`` and the figures of ``pair_metrics``."""
-        _, *columns = gather_split(self._validated, self.trainer)
-        self._validated = []
+    def validation_metrics(self, groups: np.ndarray, *columns: np.ndarray) -> dict[str, float]:
+        """Loss, and the figures of ``pair_metrics``."""
         pairs = PairLogprobs(*map(torch.from_numpy, columns))
         loss, sums = self.loss(pairs)
         metrics = pair_metrics({name: float(value) for name, value in sums.items()})
         mean = float(loss / sums["pairs"]) + self.sft_weight * metrics["sft_loss"]
-        metrics = {"loss": mean, **metrics}
-        # The record is written by callbacks; this makes it known to Lightning's own ones.
-        named = {f"val/{name}": value for name, value in metrics.items()}
-        self.log_dict(named, logger=False, sync_dist=False)
+        return {f"val/{name}": value for name, value in {"loss": mean, **metrics}.items()}
 
 
 class RPOModule(DPOModule):

@@ -18,7 +18,6 @@ from helpsteer2.functional.statistics import pearson
 from helpsteer2.losses.preference import BradleyTerry
 from helpsteer2.modules.scored import ScoredSplit
 from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
-from helpsteer2.modules.validation import gather_split
 
 if TYPE_CHECKING:
     from helpsteer2.models.reward import RewardModel
@@ -70,7 +69,6 @@ class PreferenceModule(StepModule):
             )
         self.loss = loss
         self.objective = loss.objective
-        self._validated: list[tuple[Tensor, ...]] = []
 
     @classmethod
     def usable(cls, groups: TokenisedGroups, split: str) -> TokenisedGroups:
@@ -96,32 +94,20 @@ class PreferenceModule(StepModule):
         first, second = self.model(batch).reshape(-1, 2).unbind(dim=1)
         return second - first
 
-    def on_validation_epoch_start(self) -> None:
-        """Start with no scores."""
-        self._validated = []
+    def validation_columns(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """A row a pair: difference of the scores, and strength of the preference."""
+        return batch.group_indices, self._differences(batch), batch.preference_strength
 
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Score a packed batch of the validation split."""
-        columns = (batch.group_indices, self._differences(batch), batch.preference_strength)
-        self._validated.append(tuple(column.cpu() for column in columns))
-
-    def on_validation_epoch_end(self) -> None:
-        """Gather every rank's pairs and log ``val/loss`` and how the scores agree with them."""
-        groups, difference, strength = gather_split(self._validated, self.trainer)
-        self._validated = []
+    def validation_metrics(self, groups: np.ndarray, *columns: np.ndarray) -> dict[str, float]:
+        """Loss, and how the scores agree with the preferences; strengths of fillers are NaN."""
+        difference, strength = columns
         known = ~np.isnan(strength)
         self.scored = _second_wins(groups[known], difference[known], strength[known])
-        metrics = self._validation_metrics(difference, strength)
-        # The record is written by callbacks; this makes it known to Lightning's own ones.
-        self.log_dict(metrics, logger=False, sync_dist=False)
-
-    def _validation_metrics(self, difference: np.ndarray, strength: np.ndarray) -> dict[str, float]:
-        """Metrics of a whole split: ``(P,)`` differences and strengths, NaN for fillers."""
-        columns = torch.from_numpy(difference), torch.from_numpy(strength)
-        loss, _ = self.loss(*columns)
+        strengths = torch.from_numpy(strength)
+        loss, _ = self.loss(torch.from_numpy(difference), strengths)
         counts = count_preferences(difference, strength)
         metrics = {
-            "val/loss": float(loss / self.loss.count(columns[1])),
+            "val/loss": float(loss / self.loss.count(strengths)),
             # Equal scores are misses, as in every evaluation, and beside it counted apart.
             "val/pair_accuracy": counts.accuracy,
             "val/predicted_ties": float(counts.predicted_ties),

@@ -18,7 +18,6 @@ from helpsteer2.functional import statistics
 from helpsteer2.losses.regression import RegressionLoss
 from helpsteer2.modules.scored import ScoredSplit
 from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
-from helpsteer2.modules.validation import gather_split
 
 if TYPE_CHECKING:
     from helpsteer2.models.reward import RewardModel
@@ -63,7 +62,6 @@ class RegressionModule(StepModule):
         )
         self.attribute_names = tuple(model.spec.attribute_names)
         self.loss = loss.bind(self.attribute_names)
-        self._validated: list[tuple[Tensor, ...]] = []
 
     @classmethod
     def check_source(cls, source: GroupSource, attribute_names: Sequence[str]) -> None:
@@ -105,31 +103,19 @@ class RegressionModule(StepModule):
             for i, name in enumerate(self.attribute_names)
         }
 
-    def on_validation_epoch_start(self) -> None:
-        """Start with no scores."""
-        self._validated = []
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Score a packed batch of the validation split."""
+    def validation_columns(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """A row a response: ``(N, A)`` scores and ratings."""
         groups = batch.group_indices[batch.response_groups]
-        columns = (groups, self.model(batch).float(), batch.attributes)
-        self._validated.append(tuple(column.cpu() for column in columns))
+        return groups, self.model(batch).float(), batch.attributes
 
-    def on_validation_epoch_end(self) -> None:
-        """Gather every rank's scores and log ``val/loss`` and each attribute's figures.
+    def validation_metrics(self, groups: np.ndarray, *columns: np.ndarray) -> dict[str, float]:
+        """Loss and each attribute's figures; ratings are NaN where unknown.
 
         Raises:
             UserError: If the whole split has no rating.
         """
-        groups, scores, ratings = gather_split(self._validated, self.trainer)
-        self._validated = []
+        scores, ratings = columns
         self.scored = ScoredSplit(self.attribute_names, groups, scores, ratings, "0–4")
-        metrics = self._validation_metrics(scores, ratings)
-        # The record is written by callbacks; this makes it known to Lightning's own ones.
-        self.log_dict(metrics, logger=False, sync_dist=False)
-
-    def _validation_metrics(self, scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
-        """Metrics of a whole split: ``(N, A)`` scores and ratings, NaN where unknown."""
         known = (~np.isnan(ratings)).sum(axis=0)
         if not known.any():
             raise UserError(

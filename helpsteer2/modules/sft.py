@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from helpsteer2.data.packing import PackedBatch
 from helpsteer2.losses.sft import SFTLoss
 from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
-from helpsteer2.modules.validation import gather_split
 
 if TYPE_CHECKING:
     from helpsteer2.models.policy import Policy
@@ -53,7 +53,6 @@ class SFTModule(StepModule):
         )
         self.loss = loss
         self.objective = loss.objective
-        self._validated: list[tuple[Tensor, ...]] = []
 
     def count(self, batch: PackedBatch) -> Tensor:
         """Learned tokens of a micro-batch."""
@@ -69,31 +68,23 @@ class SFTModule(StepModule):
         greedy, tokens = sums
         return {"train/token_accuracy": greedy / tokens}
 
-    def on_validation_epoch_start(self) -> None:
-        """Start with no responses."""
-        self._validated = []
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Read a packed batch of the validation split."""
+    def validation_columns(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """A row a response: sum of the log-probabilities of its learned tokens, and two counts."""
         tokens = self.model.learned_logprobs(batch)
         groups = batch.group_indices[batch.response_groups]
         if batch.filler:
             groups = groups[:0]
         values = (tokens.logprobs, tokens.greedy, torch.ones_like(tokens.logprobs))
-        columns = (groups, *(tokens.sum_by_response(value)[: len(groups)] for value in values))
-        self._validated.append(tuple(column.cpu() for column in columns))
+        return groups, *(tokens.sum_by_response(value)[: len(groups)] for value in values)
 
-    def on_validation_epoch_end(self) -> None:
-        """Gather every rank's responses and log ``val/loss`` and what follows from it."""
-        _, logprobs, greedy, tokens = gather_split(self._validated, self.trainer)
-        self._validated = []
+    def validation_metrics(self, groups: np.ndarray, *columns: np.ndarray) -> dict[str, float]:
+        """Loss, perplexity, and the share of the tokens that were the most likely ones."""
+        logprobs, greedy, tokens = columns
         n = float(tokens.sum(dtype=float))
         loss = -float(logprobs.sum(dtype=float)) / n
-        metrics = {
+        return {
             "val/loss": loss,
             # Beyond any model that learns; exp would raise at 710.
             "val/perplexity": math.exp(min(loss, 700.0)),
             "val/token_accuracy": float(greedy.sum(dtype=float)) / n,
         }
-        # The record is written by callbacks; this makes it known to Lightning's own ones.
-        self.log_dict(metrics, logger=False, sync_dist=False)

@@ -25,6 +25,7 @@ from helpsteer2.data.token_store import TokenisedGroups
 from helpsteer2.errors import UserError
 from helpsteer2.models.lora import frozen_fingerprint
 from helpsteer2.modules.scored import ScoredSplit
+from helpsteer2.modules.validation import gather_split
 
 if TYPE_CHECKING:
     from helpsteer2.models.policy import Policy
@@ -131,7 +132,8 @@ class StepModule(pl.LightningModule):
     exactly one optimizer. Under ``bf16-mixed`` the weights are cast once a step, not once a
     micro-batch.
 
-    Subclasses say what to count, what the loss sums are, and what to log.
+    Subclasses say what to count, what the loss sums are, what to log, and what to keep of a
+    validation batch and to compute from the whole split.
 
     Args:
         model: What is trained and exported.
@@ -172,6 +174,7 @@ class StepModule(pl.LightningModule):
         self.groups_seen = 0
         self.tokens_seen = 0
         self._seed = torch.initial_seed()
+        self._validated: list[tuple[Tensor, ...]] = []
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_miss_no_frozen)
 
@@ -213,6 +216,23 @@ class StepModule(pl.LightningModule):
     @abstractmethod
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """Metrics from the logged sums ``(S,)`` over the whole step of all ranks."""
+
+    @abstractmethod
+    def validation_columns(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """What validation keeps of a batch: the ``(N,)`` index of each row's group, other columns.
+
+        Args:
+            batch: Of the validation split.
+        """
+
+    @abstractmethod
+    def validation_metrics(self, groups: np.ndarray, *columns: np.ndarray) -> dict[str, float]:
+        """Metrics of the whole split, ``val/loss`` among them.
+
+        Args:
+            groups: ``(N,)`` index of each row's group, of all ranks, in the order of the data.
+            *columns: The other columns, in the same order.
+        """
 
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer over two parameter groups, and the warm-up."""
@@ -296,6 +316,21 @@ class StepModule(pl.LightningModule):
         if isinstance(strategy, ParallelStrategy):
             return cast("AbstractContextManager[None]", strategy.block_backward_sync())
         return contextlib.nullcontext()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start with no rows."""
+        self._validated = []
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Keep what the metrics of the split need of a packed batch."""
+        self._validated.append(tuple(column.cpu() for column in self.validation_columns(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather every rank's rows and log the metrics of the split."""
+        columns = gather_split(self._validated, self.trainer)
+        self._validated = []
+        # The record is written by callbacks; this makes it known to Lightning's own ones.
+        self.log_dict(self.validation_metrics(*columns), logger=False, sync_dist=False)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.trainer.world_size > 1:

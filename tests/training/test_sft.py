@@ -141,7 +141,8 @@ def test_a_conversation_teaches_what_its_answers_teach_one_by_one(
     for whole in (True, False):
         tokenizer = backbone().tokenizer.build(lambda: iter(["red green blue sun moon"]), tmp_path)
         chat = ChatFormat(template).bind(tokenizer)
-        groups = tokenise(Conversations(whole), "train", chat, Conversations.LIMITS, (), tmp_path)
+        source, limits = Conversations(whole), Conversations.LIMITS
+        groups = tokenise(source, "train", chat, limits, (), tmp_path, close_cut=False)
         batch = pack([groups[i] for i in range(len(groups))])
         module = make_module(tokenizer, chat)
         sums, logged = module.loss_sums(batch)
@@ -161,7 +162,9 @@ def test_validation_learns_of_answers_inside_prompts(tmp_path: Path) -> None:
     for whole in (True, False):
         data, tokenizer, chat = make_data(tmp_path, 100_000)
         source, limits = Conversations(whole), Conversations.LIMITS
-        data.validation = tokenise(source, "validation", chat, limits, (), tmp_path)
+        data.validation = tokenise(
+            source, "validation", chat, limits, (), tmp_path, close_cut=False
+        )
         module = make_module(tokenizer, chat, optimizer=partial(torch.optim.SGD, lr=0.0))
         trainer = fit(module, data, limit_val_batches=1.0)
         figures.append({k: float(v) for k, v in trainer.callback_metrics.items()})
@@ -196,10 +199,7 @@ def test_validation_does_not_count_fillers(tmp_path: Path) -> None:
     data, tokenizer, chat = make_data(tmp_path, 1)
     module = make_module(tokenizer, chat)
     batch = pack([data.validation[0]])
-    module.on_validation_epoch_start()
-    module.validation_step(batch, 0)
-    module.validation_step(batch.as_filler(), 1)
-    counted, fillers = module._validated
+    counted, fillers = map(module.validation_columns, (batch, batch.as_filler()))
     assert len(counted[0]) == 2
     assert all(len(column) == 0 for column in fillers)
 
