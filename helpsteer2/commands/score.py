@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import select
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.data.checks import RowCheck, shown
-from helpsteer2.data.groups import Group, Message, Role
+from helpsteer2.data.groups import Group, Message
 from helpsteer2.data.rows import Row
 from helpsteer2.data.sources.base import MAX_CHARACTERS
+from helpsteer2.data.sources.group_rows import messages
 from helpsteer2.data.sources.helpsteer import parse_turns
 from helpsteer2.errors import Problem, UserError
 
@@ -35,7 +37,8 @@ the same rows with "scores" (an object by attribute name) and "score" (their wei
 score of a model with one output) to standard output, in order and as soon as they are scored.
 
 "prompt" is a string (HelpSteer2's multi-turn <extra_id_1> form too) or a list of chat messages that
-ends with one of the user. Other keys are kept; "scores" and "score" of the input are replaced.
+ends with one of the user. Other keys are kept; "scores" and "score" of the input are replaced, and
+an "error" of it is left out.
 
 A bad row stops nothing: it comes back with an "error" in place of scores, its line number and what
 is wrong are told on standard error, and the exit code is 1.
@@ -54,16 +57,10 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: If the model or the weighting cannot be used.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.batch_tokens < 1:
-        parser.error(f"--batch-tokens has to be 1 or more, got {options.batch_tokens}")
-    from transformers.utils.logging import disable_progress_bar
-
+    options = _parser().parse_args(argv)
     from helpsteer2.rewards.scorer import RewardScorer
 
     weights = None if options.weights is None else load_weights(options.weights)
-    disable_progress_bar()
     scorer = RewardScorer.from_pretrained(
         options.model,
         dtype=options.dtype,
@@ -91,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "helpsteer2 score", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which reward model scores, and how."""
     parser.add_argument(
         "--model",
         required=True,
@@ -107,12 +110,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "flash"), default="auto")
     parser.add_argument(
         "--batch-tokens",
-        type=int,
+        type=whole_number,
         default=8192,
         metavar="N",
         help="tokens of one forward pass (default: %(default)s)",
     )
-    return parser
+
+
+def whole_number(text: str) -> int:
+    """A number of an option that has to be 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"has to be 1 or more, got {number}")
+    return number
 
 
 def load_weights(text: str) -> AttributeWeights:
@@ -246,12 +256,13 @@ class _Scoring:
     def _scored(self, row: _Row, scores: Scores) -> dict[str, Any]:
         values = [float(value) for value in scores[0]]
         reward = sum(w * value for w, value in zip(self._weights, values, strict=True) if w)
-        if not all(abs(value) < float("inf") for value in values):
-            row.error = f"the scores are not finite: {values}"
+        if not all(math.isfinite(value) for value in (*values, reward)):
+            row.error = f"not finite: the scores {values} or their weighted sum {reward}"
             return self._bad(row)
         self.n_good += 1
         names = self._scorer.attribute_names
-        return {**row.content, "scores": dict(zip(names, values, strict=True)), "score": reward}
+        kept = {key: value for key, value in row.content.items() if key != "error"}
+        return {**kept, "scores": dict(zip(names, values, strict=True)), "score": reward}
 
     def _bad(self, row: _Row) -> dict[str, Any]:
         self.n_bad += 1
@@ -270,7 +281,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
         UserError: If it is none.
     """
     try:
-        content = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        text = line.decode("utf-8")
+        content = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise UserError(f"not valid UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
@@ -282,6 +294,14 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """A number; ``1e999`` would be written back as ``Infinity``."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
 
 
 def row_group(content: dict[str, Any], line: int) -> Group:
@@ -304,22 +324,12 @@ def row_group(content: dict[str, Any], line: int) -> Group:
 
 def _prompt(check: RowCheck) -> tuple[Message, ...]:
     """Chat messages from a string or a list of messages."""
-    value = check.value("prompt")
-    messages: list[Message] = []
-    if isinstance(value, list):
-        for i, item in enumerate(value):
-            values = item if isinstance(item, dict) else {}
-            role: Any = values.get("role")
-            if role not in get_args(Role):
-                roles = ", ".join(get_args(Role))
-                check.fail(f"prompt[{i}].role", f"expected one of {roles}, got {shown(role)}")
-            else:
-                content = check.text_of(f"prompt[{i}].content", values.get("content"))
-                messages.append(Message(role=role, content=content or ""))
-    elif (text := check.text("prompt")) is not None:
-        messages = list(parse_turns(text))
-    if check.ok and (not messages or messages[-1]["role"] != "user"):
-        check.fail("prompt", "must end in a message of the user")
-    elif check.ok and not messages[-1]["content"].strip():
-        check.fail("prompt", "the last message of the user is empty")
-    return tuple(messages)
+    if isinstance((check.row.values or {}).get("prompt"), list):
+        return messages(check)
+    text = check.text("prompt")
+    turns = () if text is None else parse_turns(text)
+    if turns and turns[-1]["role"] != "user":
+        check.fail("prompt", "must end in a turn of the user, it ends in one of the assistant")
+    elif turns and not turns[-1]["content"].strip():
+        check.fail("prompt", "the last turn of the user is empty")
+    return turns

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
 import signal
 import socket
 import sys
@@ -10,15 +12,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from helpsteer2.attributes import AttributeWeights
-from helpsteer2.commands.score import load_weights
+from helpsteer2.commands.score import add_model_options, load_weights, whole_number
 from helpsteer2.errors import UserError
 from helpsteer2.rewards.wire import RequestLimits
 
 if TYPE_CHECKING:
     from helpsteer2.rewards.scorer import RewardScorer
 
-TERMINATED = 143
-"""Exit code after SIGTERM: 128 + SIGTERM, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and SIGTERM: 128 + the signal, as shells have it."""
 
 MAX_WAIT_SECONDS = 0.005
 """How long a pass that is not full waits for more requests."""
@@ -82,11 +84,15 @@ def main(argv: list[str]) -> int:
         service = RewardService(worker, weights, requests, limits)
         running = server(application(service), limits)
         print(f"listening on {url}, loading {options.model}", flush=True)
-        worker.start()
         try:
+            worker.start()
             running.run(sockets=[listener])
-        finally:
-            worker.close(limits.shutdown_seconds)
+        except (KeyboardInterrupt, SystemExit) as signalled:
+            if not worker.close(limits.shutdown_seconds):
+                # Python would end beneath a library that the thread is in, which aborts then.
+                code = TERMINATED if isinstance(signalled, SystemExit) else INTERRUPTED
+                atexit.register(os._exit, code)
+            raise
     # A signal would have been raised again; so the model could not be loaded.
     assert worker.failure is not None
     raise worker.failure
@@ -97,26 +103,12 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "helpsteer2 serve", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = RequestLimits()
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR",
-        help="an export, or any decoder sequence classifier (a folder or a Hub id)",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="NAME|JSON",
-        help="a weighting of conf/weights, or an object like '{\"helpfulness\": 1}' "
-        "(default: the model's own)",
-    )
+    add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument(
         "--port", type=int, default=8000, help="default: %(default)s; 0: a free one"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "flash"), default="auto")
     for flag, value, what in (
-        ("--batch-tokens", 8192, "tokens of one forward pass"),
         ("--max-waiting", 256, "requests that wait; one more is answered by 503"),
         ("--max-body-bytes", default.max_body_bytes, "bytes of one request"),
         ("--max-rows", default.max_rows, "responses in one request"),
@@ -124,13 +116,13 @@ def _options(argv: list[str]) -> argparse.Namespace:
         ("--max-characters", default.max_characters, "characters of one text"),
     ):
         parser.add_argument(
-            flag, type=int, default=value, metavar="N", help=f"{what} (default: %(default)s)"
+            flag,
+            type=whole_number,
+            default=value,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
         )
     options = parser.parse_args(argv)
-    limited = ("max_waiting", "max_body_bytes", "max_rows", "max_messages", "max_characters")
-    for name in ("batch_tokens", *limited):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
     if not 0 <= options.port < 1 << 16:
         parser.error(f"--port has to be from 0 to 65535, got {options.port}")
     return options
@@ -142,11 +134,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _load(options: argparse.Namespace, weights: AttributeWeights | None) -> RewardScorer:
     """Load the model and all that requests ask of it."""
-    from transformers.utils.logging import disable_progress_bar
-
     from helpsteer2.rewards.scorer import RewardScorer
 
-    disable_progress_bar()
     scorer = RewardScorer.from_pretrained(
         options.model,
         dtype=options.dtype,

@@ -1,8 +1,9 @@
 """From groups to ids: prompts and responses rendered, encoded and cut.
 
 A reward model judges text: every response is encoded from its text and closed, a sampled one too,
-finished or not. A policy is trained on what it did: a response that it sampled keeps its ids, and
-one that was not finished is not closed.
+finished or not, and of a prompt the texts alone count. A policy is trained on what it did: a
+response that it sampled keeps its ids, one that was not finished is not closed, and answers inside
+prompts that are marked ``train`` have the ids of responses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from helpsteer2.data.chat import BoundChat
-from helpsteer2.data.groups import Group
+from helpsteer2.data.groups import Group, unmarked
 from helpsteer2.data.lengths import CutReport, LengthLimits
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import UserError
@@ -78,6 +79,7 @@ class GroupEncoder:
         Yields:
             Ids and labels of each group, or why it has none.
         """
+        groups = [self.as_read(group) for group in groups]
         rendered: list[tuple[list[str], list[str]] | UserError] = []
         for group in groups:
             try:
@@ -101,6 +103,10 @@ class GroupEncoder:
                 yield self._token_group(group, index, pieces, responses)
             except UserError as error:
                 yield error
+
+    def as_read(self, group: Group) -> Group:
+        """The group as its reader sees it: to a reward model no answer in a prompt is marked."""
+        return group if self.for_policy else unmarked(group)
 
     def _keeps_ids(self, group: Group) -> bool:
         """Whether the sampled ids of a group are taken as they are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypedDict
 
 from helpsteer2.errors import DataError, Problem
@@ -26,8 +26,8 @@ class _Text(TypedDict):
 class Message(_Text, total=False):
     """One chat message.
 
-    ``train`` marks an answer inside a prompt that supervised fine-tuning learns too. No other
-    training, and no model that reads the prompt, takes notice of it.
+    ``train`` marks an answer inside a prompt that supervised fine-tuning learns too. A policy reads
+    it with the ids of a response; no other training learns it, and a reward model sees no mark.
     """
 
     train: bool
@@ -78,6 +78,12 @@ class Group:
     def sampled(self) -> bool:
         """Whether a policy wrote the responses: only then may one be empty."""
         return self.response_ids is not None or self.finish_reasons is not None
+
+
+def unmarked(group: Group) -> Group:
+    """The group without ``train`` marks."""
+    prompt = tuple(Message(role=m["role"], content=m["content"]) for m in group.prompt)
+    return replace(group, prompt=prompt)
 
 
 class GroupSource(Protocol):

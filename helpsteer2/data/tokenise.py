@@ -26,7 +26,7 @@ from helpsteer2.records import reason
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever the same input would be stored as something else."""
 
 CHUNK = 256
@@ -163,11 +163,12 @@ def _write(
                     else:
                         writer.add(encoded, group.id)
                 index += len(chunk)
-                compared += chunk[: COMPARED - len(compared)]
+                compared += map(encoder.as_read, chunk[: COMPARED - len(compared)])
                 advance(len(chunk))
             if problems:
                 raise DataError(problems)
-            differing = round(boundary_difference(chat, compared) * len(compared))
+            # One by one: as a share of all, those that cannot be written as text would not count.
+            differing = sum(boundary_difference(chat, [group]) > 0 for group in compared)
             boundary = {"boundaries_compared": len(compared), "boundaries_differing": differing}
             counts = {**encoder.cuts.counts(), **encoder.report.counts()}
             writer.finish(key, {**counts, **boundary})

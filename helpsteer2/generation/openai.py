@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from helpsteer2.data.chat import BoundChat, ChatFormat
-from helpsteer2.data.groups import Group
+from helpsteer2.data.groups import Group, unmarked
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.errors import UserError
 from helpsteer2.functional.sampling import stream_key
@@ -30,6 +30,9 @@ from helpsteer2.generation.openai_threads import in_threads
 from helpsteer2.generation.sampling import Sample, SamplingParams, response_text
 from helpsteer2.models.loading import load_tokenizer, local_folder
 from helpsteer2.models.policy_export import PolicySpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ class OpenAIEngine:
             served_model = self._model(client)
         finally:
             client.close()
-        return OpenAISampler(self, served_model, *_chat_and_stops(model))
+        return OpenAISampler(self, served_model, *_without_weights(model))
 
     def connect(self) -> CompletionClient:
         """A client of the server."""
@@ -153,6 +156,7 @@ class OpenAISampler:
         served_model: Name of the model there, None for the only one.
         chat: The policy's chat format.
         stop_token_ids: Tokens that end a response; the first is the chat's end of a turn.
+        vocabulary: How many tokens the policy knows.
 
     Attributes:
         chat: The policy's chat format.
@@ -167,6 +171,7 @@ class OpenAISampler:
         served_model: str | None,
         chat: BoundChat,
         stop_token_ids: Sequence[int],
+        vocabulary: int,
     ) -> None:
         self.engine = engine
         self.served_model = served_model
@@ -174,6 +179,7 @@ class OpenAISampler:
         self.ids_hash = chat.ids_hash
         self.prompts_per_block = 1  # the server mixes prompts as it likes
         self.stop_token_ids = tuple(stop_token_ids)
+        self.vocabulary = vocabulary
         self.counts = ServerCounts()
 
     def sample(
@@ -271,10 +277,13 @@ class _Run:
     def _as_text(self, group: Group, ids: list[int]) -> str:
         """The text that the server's tokenizer turns into these ids."""
         text = self.chat.render(group.prompt, add_generation_prompt=True)
-        if self.chat.with_bos(self.chat.encode([text])[0]) != ids:
+        text_ids = self.chat.with_bos(self.chat.encode([text])[0])
+        if text_ids != ids:
+            marks = text_ids == self.chat.prompt_ids(unmarked(group).prompt)
+            why = "answers in it are marked `train`" if marks else "it spells out control tokens"
             raise UserError(
-                "as text the prompt would get other ids on the server, because it spells out "
-                "control tokens: leave it out, or use a server that takes ids (vllm, sglang)"
+                f"as text the prompt would get other ids on the server, because {why}: leave that "
+                "out, or use a server that takes ids (vllm, sglang)"
             )
         bos = self.chat.tokenizer.bos_token
         if self.chat.with_bos([]):  # the server's tokenizer puts one in front of any text
@@ -321,6 +330,12 @@ class _Run:
             ids = (*ids, self.end_of_turn) if reason == "stop" or not ids else ids
             return Sample(ids, choice.text, reason, None)
         ids, logprobs = choice.ids, choice.logprobs
+        strange = [token for token in ids if not 0 <= token < self.sampler.vocabulary]
+        if strange:
+            raise UserError(
+                f"the server answered token {strange[0]}, and the policy has no more than "
+                f"{self.sampler.vocabulary}: it serves another model"
+            )
         if self.params.temperature != 1 and not self.kind.raw_logprobs:
             logprobs = None
         if reason == "stop" and (not ids or ids[-1] not in self.stops):
@@ -334,8 +349,8 @@ class _Run:
         return tuple(ids[: len(ids) - self.chat.closing_count(ids)])
 
 
-def _chat_and_stops(model: str) -> tuple[BoundChat, tuple[int, ...]]:
-    """Chat format of a policy and the tokens that end a response, without its weights."""
+def _without_weights(model: str) -> tuple[BoundChat, tuple[int, ...], int]:
+    """Chat format of a policy, the tokens that end a response, and how many tokens it knows."""
     folder = local_folder(model, "policy")
     tokenizer = load_tokenizer(folder)
     spec = PolicySpec.read(folder, tokenizer)
@@ -346,7 +361,7 @@ def _chat_and_stops(model: str) -> tuple[BoundChat, tuple[int, ...]]:
     found = tuple(dict.fromkeys(token for token in stops if token is not None))
     if not found:
         raise UserError(f"{model}: its tokenizer has no token that ends a response")
-    return spec.chat, found
+    return spec.chat, found, _vocabulary(folder, tokenizer)
 
 
 def _own_stops(folder: Path) -> list[int]:
@@ -358,3 +373,15 @@ def _own_stops(folder: Path) -> list[int]:
     except OSError:
         return []
     return own if isinstance(own, list) else [own]
+
+
+def _vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the model may sample: often a few more than its tokenizer can name."""
+    from transformers import AutoConfig
+
+    named = 1 + max(tokenizer.get_vocab().values())
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError):  # there is only the tokenizer, or a model that we do not know
+        return named
+    return max(named, config.vocab_size)

@@ -22,11 +22,14 @@ from helpsteer2.rewards.wire import RequestLimits, request_body
 
 Scores = npt.NDArray[np.float32]
 
-TRY_AGAIN = {408, 429, 500, 502, 503, 504}
+TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 """Answers that another attempt may change."""
 
 MAX_ANSWER_BYTES = 64 << 20
 """A longer answer is not one of ours."""
+
+CONNECT_SECONDS = 5.0
+"""To accept a connection; a host that is down does not answer at all."""
 
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 30.0
 """Before the second attempt, doubled from one to the next; and the longest."""
@@ -39,7 +42,7 @@ class RewardClient:
         url: Of the server, ``http://127.0.0.1:8000``.
         concurrency: Requests in flight.
         rows_per_request: Most responses in one of them, unless a group has more.
-        timeout_seconds: Longest silence of the server.
+        timeout_seconds: Longest silence of the server once it has accepted a connection.
         attempts: Most attempts of one request. They wait ½, 1, 2, … 30 seconds for each other, or
             as long as the server asks: ten of them bear a minute or more without a server.
 
@@ -139,9 +142,9 @@ class _Address:
             raise UserError("url: a name or password in it would be stored with the run: leave it")
         return cls(parts.scheme == "https", parts.hostname, port, parts.path)
 
-    def connect(self, timeout: float) -> http.client.HTTPConnection:
+    def connection(self, timeout: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        return kind(self.host, self.port, timeout=timeout)
+        return kind(self.host, self.port, timeout=min(timeout, CONNECT_SECONDS))
 
 
 @dataclass(frozen=True)
@@ -211,22 +214,25 @@ class _Lines:
         Raises:
             UserError: If every attempt failed, or the server refused the request.
         """
-        problem = ""
+        problem, answered = "", False
         for attempt in range(self._attempts):
             delay = _delay(attempt)
             try:
                 status, headers, content = self._once(method, path, body)
             except (OSError, http.client.HTTPException) as error:
-                problem = _told(error, self._timeout)
+                problem, answered = _told(error, self._timeout), False
             else:
                 if status == 200:
                     return _parsed(content, f"{self._url}{path}")
-                problem = _refusal(status, content)
+                problem, answered = _refusal(status, content), True
                 if status not in TRY_AGAIN:
                     raise UserError(f"{self._url}{path} refused a request: {problem}")
                 delay = _asked_delay(headers, delay)
             if attempt + 1 < self._attempts and self._closed.wait(delay):
                 break
+        if answered:
+            times = f"{self._attempts} times, the last time"
+            raise UserError(f"{self._url}{path} failed {times}: {problem}")
         raise UserError(
             f"{self._url}{path} gave no answer in {self._attempts} attempts, the last time: "
             f"{problem}. Is `helpsteer2 serve` running there?"
@@ -244,9 +250,9 @@ class _Lines:
                 if self._closed.is_set():
                     raise
         if connection is None:
-            connection = self._own.connection = self._address.connect(self._timeout)
+            connection = self._own.connection = self._address.connection(self._timeout)
             self._all.append(connection)
-        connection.connect()
+        _connect(connection, self._timeout)
         if self._closed.is_set():  # by a thread that did not see this connection yet
             raise ConnectionAbortedError("given up")
         return self._exchange(connection, method, path, body)
@@ -329,6 +335,15 @@ def _score(lines: _Lines, info: _Info, request: _Request) -> list[Scores]:
     if [of_group.shape for of_group in scores] != shape or names != info.attribute_names:
         raise UserError("the answer to /score does not fit its request: other shapes or attributes")
     return scores
+
+
+def _connect(connection: http.client.HTTPConnection, timeout: float) -> None:
+    """Open a connection, soon or not at all; its answers may take longer."""
+    try:
+        connection.connect()
+    except TimeoutError as error:
+        raise ConnectionError(f"no connection in {connection.timeout:g} seconds") from error
+    connection.sock.settimeout(timeout)
 
 
 def _delay(attempt: int) -> float:

@@ -20,6 +20,7 @@ from helpsteer2.data.tokenise import encode_group
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import UserError
 from helpsteer2.models.attention import AttentionChoice
+from helpsteer2.models.export import no_progress_bar
 from helpsteer2.models.reward import Dtype, RewardModel
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class RewardScorer:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, _, chat = RewardModel.from_pretrained(path, dtype, attention, device, base)
+        with no_progress_bar():
+            model, _, chat = RewardModel.from_pretrained(path, dtype, attention, device, base)
         return cls(model, chat, tokens_per_microbatch)
 
     @cached_property
@@ -169,7 +171,7 @@ class RewardScorer:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory with {batch.layout.n_tokens} tokens in one pass (budget "
-                f"{self.tokens_per_microbatch}): lower tokens_per_microbatch"
+                f"{self.tokens_per_microbatch}): lower tokens_per_microbatch (--batch-tokens)"
             ) from error
         return scores
 

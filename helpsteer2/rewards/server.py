@@ -27,7 +27,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.errors import UserError
 from helpsteer2.rewards.scorer import RewardScorer, Scores
-from helpsteer2.rewards.wire import REQUEST_SCHEMA, Refusal, RequestLimits, parse_request
+from helpsteer2.rewards.wire import (
+    MAX_PROBLEMS,
+    REQUEST_SCHEMA,
+    Refusal,
+    RequestLimits,
+    parse_request,
+)
 from helpsteer2.rewards.worker import QueueFull, ScoringWorker, Unscorable
 
 logger = logging.getLogger(__name__)
@@ -188,8 +194,10 @@ class RewardService:
         body.clear()
 
     def _answer(self, scorer: RewardScorer, scores: Sequence[Scores]) -> dict[str, Any]:
-        if not all(np.isfinite(of_group).all() for of_group in scores):
-            raise Refusal(500, "the model gave scores that are not finite")
+        bad = [i for i, of_group in enumerate(scores) if not np.isfinite(of_group).all()]
+        if bad:  # another attempt would give the same
+            problems = [f"groups[{i}]: the scores are not finite" for i in bad[:MAX_PROBLEMS]]
+            raise Refusal(422, "a group cannot be scored", problems)
         names = scorer.attribute_names
         weights = self._weights or scorer.model.spec.weights
         answer: dict[str, Any] = {

@@ -106,14 +106,19 @@ class ScoringWorker:
         with self._waiting.mutex, suppress(ValueError):  # it had its turn
             self._waiting.queue.remove(request)
 
-    def close(self, seconds: float) -> None:
-        """End the thread after the pass it is in.
+    def close(self, seconds: float) -> bool:
+        """End the thread after the pass it is in; of a model that is being loaded nobody waits.
 
         Args:
-            seconds: How long to wait for that.
+            seconds: How long to wait for that pass.
+
+        Returns:
+            Whether the thread has ended.
         """
         self._closed.set()
-        self._thread.join(seconds)
+        if self.scorer is not None:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

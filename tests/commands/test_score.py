@@ -117,14 +117,17 @@ def test_prompts_as_text_as_turns_and_as_messages(run: Run) -> None:
 BAD = {
     b'{"prompt": "a"': "not valid JSON",
     b'{"prompt": "a", "response": "b", "x": NaN}': "NaN is not JSON",
+    b'{"prompt": "a", "response": "b", "x": [1, {"y": -1e999}]}': "-1e999 is too large a number",
     b"[1]": "expected a JSON object",
     b'{"prompt": "\xff", "response": "b"}': "not valid UTF-8",
     b'{"response": "b"}': "prompt: the column is missing",
     b'{"prompt": 3, "response": ""}': "prompt: expected a text, got 3; response: the text is empty",
     b'{"prompt": " ", "response": "b"}': "prompt: the text is empty",
-    b'{"prompt": [], "response": "b"}': "prompt: must end in a message of the user",
+    b'{"prompt": [], "response": "b"}': "prompt: expected at least one message",
     b'{"prompt": [{"role": "bot", "content": "a"}], "response": "b"}': "prompt[0].role",
     b'{"prompt": ["a"], "response": "b"}': "prompt[0].role",
+    b'{"prompt": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, '
+    b'{"role": "user", "content": "c"}], "response": "d"}': "(or system first)",
     b'{"prompt": [{"role": "assistant", "content": "a"}], "response": "b"}': "must end in",
     b'{"prompt": "a\\n<extra_id_1>Assistant\\nb", "response": "c"}': "must end in",
     b'{"prompt": "a", "response": "\\ud800"}': "surrogate",
@@ -151,6 +154,13 @@ def test_bad_rows_stop_nothing(run: Run) -> None:
             assert f"stdin:{number}: {got['error']}" in err
     kept = out[2 * list(BAD).index(b'{"response": "b"}') + 1]
     assert kept["response"] == "b"
+
+
+def test_a_row_that_is_mended_loses_its_error(run: Run) -> None:
+    (bad, good) = run([row(1, response=""), row(2)])[1]
+    code, out, _ = run([{**bad, "response": "Fine."}, good])
+    assert code == 0
+    assert [set(got) for got in out] == [{"prompt", "response", "scores", "score"}] * 2
 
 
 def test_blank_lines_and_a_missing_last_line_end(run: Run) -> None:
@@ -217,6 +227,19 @@ def test_weights_that_do_not_fit(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run([row(1)], *options, model=model)
+
+
+def test_a_reward_that_overflows_is_an_error(run: Run) -> None:
+    code, out, _ = run([row(1)], "--weights", '{"a": 1e308, "b": 1e308, "c": 1e308}', model="three")
+    assert code == 1
+    assert "not finite" in out[0]["error"]
+
+
+def test_a_budget_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        score.main(["--model", "x", "--batch-tokens", "0"])
+    assert ended.value.code == 2
+    assert "argument --batch-tokens: has to be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_no_model(run: Run) -> None:

@@ -36,9 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(
+    folder: Path, *options: str, python: tuple[str, ...] = ("-m", "helpsteer2")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server on a free port, and its url once it listens."""
-    command = [sys.executable, "-m", "helpsteer2", "serve", "--model", str(folder), "--port", "0"]
+    command = [sys.executable, *python, "serve", "--model", str(folder), "--port", "0"]
     with subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -110,11 +112,38 @@ def test_what_is_in_flight_is_answered_before_the_end(
         assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.slow
-def test_the_end_comes_at_once_while_the_model_is_loaded(folder: Path) -> None:
-    with started(folder) as (process, _):
-        process.terminate()
-        assert process.wait(180) in (143, -signal.SIGTERM)
+LOADS = """
+import sys
+from helpsteer2 import __main__
+from helpsteer2.commands import serve
+
+def load(*_):
+    import torch
+    weight = torch.ones(200, 200)
+    print("busy", flush=True)
+    while True:
+        weight = (weight @ weight).clamp(0, 1)
+
+serve._load = load
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_end_comes_at_once_while_the_model_is_loaded(
+    folder: Path, number: signal.Signals, code: int
+) -> None:
+    with started(folder, python=("-c", LOADS)) as (process, url):
+        line_of(process.stdout, "busy")
+        connection = connect(url)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+        begin = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(180) == code
+        assert time.monotonic() - begin < 30
+        assert process.stderr is not None
+        assert process.stderr.read() == ("helpsteer2: interrupted\n" if code == 130 else "")
 
 
 @pytest.mark.slow

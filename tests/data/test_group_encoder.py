@@ -182,6 +182,24 @@ class TestTrainedTurns:
         assert (before == 1).all()
 
 
+class TestRewardModels:
+    @pytest.mark.parametrize("name", [*AGREEING, "qwen3", "extra_id"])
+    @settings(max_examples=40, deadline=None)
+    @given(turns=TURNS, answer=CONTENT, room=st.integers(0, 40))
+    def test_marks_are_not_looked_at(self, name, turns, answer, room):
+        contents, marks = turns
+        plain = conversation(contents, [False] * len(marks))
+        limits = LengthLimits(len(chat(name).prompt_ids(plain[-1:])) + room, 1000)
+        one, other = (encoder(name, limits, policy=False) for _ in range(2))
+        ours = encode(one, group(conversation(contents, marks), answer))
+        theirs = encode(other, group(plain, answer))
+        assert np.array_equal(ours.prompt_ids, theirs.prompt_ids)
+        assert np.array_equal(ours.response_ids[0], theirs.response_ids[0])
+        assert ours.prompt_mask is None
+        assert one.report == other.report
+        assert one.cuts == other.cuts
+
+
 def sampled(*responses: str, ids: tuple[tuple[int, ...], ...], name: str = "llama3") -> Group:
     stops = tuple("stop" if i[-1] in chat(name).closing_ids else "length" for i in ids)
     return group(

@@ -167,7 +167,7 @@ def test_the_server_names_its_model_if_another_is_asked_for(server: Server) -> N
 def test_a_wrong_kind_of_server_is_told(server: Server) -> None:
     served = opened(server)
     engine = OpenAIEngine(server.url, server="vllm")
-    sampler = OpenAISampler(engine, None, served.chat, served.stop_token_ids)
+    sampler = OpenAISampler(engine, None, served.chat, served.stop_token_ids, served.vocabulary)
     with pytest.raises(UserError, match="another kind of server"):
         sampled(sampler, GROUPS[:1])
 

@@ -31,7 +31,7 @@ GROUPS = [
     for i in range(12)
 ]
 Samples = dict[str, list[Sample]]
-Policy = tuple[BoundChat, tuple[int, ...]]
+Policy = tuple[BoundChat, tuple[int, ...], int]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def policy(folder: str) -> Policy:
     with serving() as server:
         sampler = engine(server).open(folder)
-    return sampler.chat, sampler.stop_token_ids
+    return sampler.chat, sampler.stop_token_ids, sampler.vocabulary
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,11 @@ def is_silent(handler: Any) -> None:
     time.sleep(1.0)
 
 
+def is_late(handler: Any) -> None:
+    time.sleep(1.0)
+    right(handler)
+
+
 @pytest.fixture
 def scripted() -> Iterator[Scripted]:
     made = Scripted()
@@ -156,6 +161,7 @@ EXPECTED = [[[1.0, 1.0], [2.0, 1.0]], [[3.0, 1.0]]]
     "trouble",
     [
         [says(429, b"slow down", Retry_After="0")],
+        [says(425)],
         [says(500, b"Internal Server Error")],
         [says(503, {"error": "the model is being loaded", "problems": []}, Retry_After="1")],
         [hangs_up],
@@ -177,8 +183,8 @@ def test_a_slow_answer_is_asked_for_again(scripted: Scripted) -> None:
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        (says(429), "no answer in 4 attempts, the last time: 429 Too Many Requests"),
-        (says(500, {"error": "out of memory", "problems": []}), "500 .*: out of memory"),
+        (says(429), "failed 4 times, the last time: 429 Too Many Requests"),
+        (says(500, {"error": "no memory", "problems": []}), "failed 4 times.* 500 .*: no memory"),
         (hangs_up, "no answer in 4 attempts"),
     ],
 )
@@ -190,6 +196,7 @@ def test_trouble_that_stays(
         scored(scripted)
     assert scripted.url in str(error.value)
     assert "'id', here and 1 more" in str(error.value)
+    assert ("running there" in str(error.value)) == (trouble is hangs_up)
 
 
 def answered(**changes: Any) -> Callable[[Any], None]:
@@ -234,6 +241,31 @@ def test_nobody_there() -> None:
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=r"no answer in 3 attempts.*refused.*serve` running there"):
         list(RewardClient(f"http://127.0.0.1:{port}", attempts=3).score(GROUPS))
+
+
+def test_a_host_that_accepts_no_connection_is_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.2)
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(5):  # until nobody is let in any more
+            waiting = stack.enter_context(closing(socket.socket()))
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=r"no connection in 0\.2 seconds.*running there"):
+            list(RewardClient(url, attempts=3).score(GROUPS))
+        assert time.monotonic() - begin < 10
+
+
+def test_an_answer_may_take_longer_than_a_connection(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.3)
+    scripted.script = [is_late, is_late]
+    assert scored(scripted, rows_per_request=1, attempts=1) == EXPECTED
 
 
 def test_requests_stay_within_what_the_server_takes(scripted: Scripted) -> None:

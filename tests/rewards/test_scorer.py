@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils import logging
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.data.groups import Group
@@ -209,3 +210,30 @@ def test_scoring_leaves_no_graph_and_no_training_mode(folder: Path) -> None:
 def test_an_empty_budget_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="tokens_per_microbatch"):
         RewardScorer.from_pretrained(folder, tokens_per_microbatch=0)
+
+
+def test_a_pass_that_does_not_fit_names_both_ways_to_make_it_smaller(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = RewardScorer.from_pretrained(folder)
+
+    def fail(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(scorer.model, "forward", fail)
+    with pytest.raises(UserError, match=r"lower tokens_per_microbatch \(--batch-tokens\)"):
+        next(scorer.score(GROUPS))
+
+
+def test_loading_draws_no_bar_and_leaves_those_of_others(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        RewardScorer.from_pretrained(folder)
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not shown:
+            logging.disable_progress_bar()
+    assert capfd.readouterr().err == ""

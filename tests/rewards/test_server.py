@@ -17,9 +17,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+from helpsteer2.errors import UserError
+from helpsteer2.rewards.client import RewardClient
 from helpsteer2.rewards.scorer import RewardScorer
 from helpsteer2.rewards.server import ServerLimits
 from helpsteer2.rewards.wire import RequestLimits, request_body
+from helpsteer2.rewards.worker import ScoringWorker
 from tests.rewards.serving import BODY, JSON, HeldScorer, Running, ask, serving, wait_until_loaded
 from tests.rewards.tiny import WEIGHTS, group, some_groups, tiny_reward_model
 
@@ -171,14 +174,37 @@ def test_a_model_being_loaded_is_alive_but_not_ready(folder: Path) -> None:
         assert ask(running.port)[0] == 200
 
 
-def test_scores_that_are_not_finite_are_no_answer(folder: Path) -> None:
+def test_the_end_does_not_wait_for_a_model_that_is_being_loaded() -> None:
+    loaded = threading.Event()
+
+    def load() -> RewardScorer:
+        loaded.wait(60)
+        raise UserError("too late")
+
+    worker = ScoringWorker(load, 1, 0.005)
+    worker.start()
+    begin = time.monotonic()
+    assert not worker.close(30)
+    assert time.monotonic() - begin < 5
+    loaded.set()
+
+
+def test_scores_that_are_not_finite_name_their_group_and_are_not_asked_for_again(
+    folder: Path,
+) -> None:
     with serving(folder) as running:
         wait_until_loaded(running.port)
-        weight = running.scorer.model.head.weight.data
-        weight[0, 0] = float("nan")
-        status, answer, _ = ask(running.port)
-        assert status == 500
-        assert "not finite" in answer["error"]
+        good, bad = group("Hi", "Hello"), group("Hi", "zzz", identity="seven")
+        tokens = [running.scorer.encode(one).response_ids[0].tolist() for one in (good, bad)]
+        (only,) = {*tokens[1]} - {*tokens[0]}
+        running.scorer.model.backbone.get_input_embeddings().weight.data[only] = float("nan")
+        status, answer, _ = ask(running.port, body=request_body([good, bad, good]))
+        assert status == 422
+        assert answer["problems"] == ["groups[1]: the scores are not finite"]
+        running.scorer.calls.clear()
+        with pytest.raises(UserError, match=r"refused .*: 422 .*groups\[0\]: .*group 'seven'"):
+            list(RewardClient(running.url).score([bad]))
+        assert len(running.scorer.calls) == 1
 
 
 def test_a_failing_pass_is_told_and_the_next_is_scored(
