@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.sample_store import SampleStore
 from helpsteer2.data.groups import Group, GroupSource, read_prompts
-from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import model_key
 from helpsteer2.generation.sampling import Engine, Sample, Sampler, SamplingParams
 from helpsteer2.records import differing_keys, environment
 
 GROUPS_FILE, SETTINGS_FILE = "groups.jsonl", "sampling.yaml"
+PARTIAL_FILE = f"{GROUPS_FILE}.partial"
 SOURCE = "sampled"
 
 
@@ -32,7 +32,7 @@ def sample(
     data: GroupSource,
     split: str,
     max_prompts: int | None,
-    lengths: LengthLimits,
+    max_prompt_tokens: int,
     sampling: SamplingParams,
     engine: Engine,
     config: Mapping[str, Any] | None = None,
@@ -50,7 +50,7 @@ def sample(
         data: Where the prompts are, with or without responses.
         split: The split of them to read.
         max_prompts: Only so many of the first prompts; None for all.
-        lengths: Longest prompt and response. Longer prompts are left out, counted and named.
+        max_prompt_tokens: Longest prompt; longer ones are left out, counted and named.
         sampling: How to draw.
         engine: What samples.
         config: The whole configuration, kept in the result.
@@ -62,25 +62,30 @@ def sample(
     """
     started, console = datetime.now(timezone.utc), Console()
     folder = RunFolder(run_dir)
+    partial = folder.path / PARTIAL_FILE
     with folder.locked():
-        prompts = list(read_prompts(data, split))[:max_prompts]
-        sampler = engine.open(model, dtype, attention)
+        known = {"path": model, "hash": model_key(model)}
         settings = {
-            "model": {"path": model, "hash": model_key(model), "ids_hash": sampler.ids_hash},
+            "model": known,
             "dtype": dtype,
             "data": {"split": split, "fingerprint": data.fingerprint(split)},
             "max_prompts": max_prompts,
-            "max_prompt_tokens": lengths.max_prompt_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
             "sampling": sampling,
             "engine": engine.identity,
         }
-        _check_settings(folder, settings)
-        partial = folder.path / f"{GROUPS_FILE}.partial"
         if (done := folder.result()) is not None and not partial.exists():
+            # To ask again what its ids mean takes the model or its server.
+            settings["model"] = {**known, "ids_hash": done["model"]["ids_hash"]}
+            _check_settings(folder, settings)
             console.print(_summary(done["metrics"]))
             console.print(f"{folder.path / GROUPS_FILE} was finished before", soft_wrap=True)
             return
-        fitting, too_long = _by_length(prompts, sampler, lengths.max_prompt_tokens)
+        prompts = list(read_prompts(data, split))[:max_prompts]
+        sampler = engine.open(model, dtype, attention)
+        settings["model"] = {**known, "ids_hash": sampler.ids_hash}
+        _check_settings(folder, settings)
+        fitting, too_long = _by_length(prompts, sampler, max_prompt_tokens)
         clock = time.monotonic()
         with SampleStore(partial) as store:
             tokens = _sample_all(fitting, sampler, sampling, store, console)
@@ -111,8 +116,10 @@ def sample(
 
 
 def _check_settings(folder: RunFolder, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with samples that other settings gave."""
-    kept = folder.kept(SETTINGS_FILE)
+    """Refuse to go on with samples that other settings gave; without samples none bind."""
+    outputs = [folder.path / name for name in (PARTIAL_FILE, GROUPS_FILE, "result.json")]
+    sampled = any(path.exists() and path.stat().st_size for path in outputs)
+    kept = folder.kept(SETTINGS_FILE) if sampled else None
     if kept is None:
         folder.keep(SETTINGS_FILE, settings)
         return
@@ -138,7 +145,7 @@ def _by_length(
     if not fitting:
         raise UserError(
             f"none of the {len(prompts)} prompts has {most_tokens} tokens or fewer: raise "
-            "lengths.max_prompt_tokens"
+            "max_prompt_tokens"
         )
     return fitting, too_long
 

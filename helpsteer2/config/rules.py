@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from helpsteer2.config.modules import Definition, Module, NotFound, lookup_expression, resolve
+from helpsteer2.config.ranges import (
+    divergence_is_of_the_policy_as_it_is,
+    greedy_samples_differ,
+    numbers_are_in_range,
+)
 from helpsteer2.config.signatures import lineage, read_signature
 
 Finding = tuple[str, str]
@@ -42,6 +46,10 @@ class Settings:
         """The value that a file or an override holds at a dotted path, None if there is none."""
         return _select(self._given, path)
 
+    def nodes(self) -> Iterator[tuple[str, str]]:
+        """Every node that builds something: its dotted path, and what it builds."""
+        yield from _nodes(self._filled, "")
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every text that a file or an override holds, with its dotted path."""
         yield from _texts(self._given, "")
@@ -62,6 +70,15 @@ def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, path)
     elif isinstance(node, str):
         yield path, node
+
+
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(node, Mapping):
+        return
+    if isinstance(node.get("_target_"), str):
+        yield path, node["_target_"]
+    for key, item in node.items():
+        yield from _nodes(item, f"{path}.{key}" if path else str(key))
 
 
 def _select(node: Any, path: str) -> Any:
@@ -153,38 +170,6 @@ def training_ends(settings: Settings) -> Iterator[Finding]:
         return
     if settings["batching.epochs"] is None and settings["batching.max_steps"] is None:
         yield "batching.epochs", "is null like batching.max_steps: give one of them"
-
-
-_AT_LEAST_ONE = (
-    "batching.global_batch", "batching.tokens_per_microbatch", "batching.max_steps",
-    "schedule.validate_every", "schedule.checkpoint_every", "schedule.export_every",
-    "tokens_per_microbatch",
-    "lengths.max_prompt_tokens", "lengths.max_response_tokens", "backbone.lora.rank",
-)  # fmt: skip
-_ABOVE_ZERO = (
-    "batching.epochs", "module.optimizer.lr", "module.gradient_clip", "backbone.lora.alpha",
-    "module.loss.beta", "module.loss.eta",
-)  # fmt: skip
-_NOT_BELOW_ZERO = (
-    "seed", "module.warmup_steps", "module.optimizer.weight_decay", "backbone.lora.dropout",
-    "module.sft_weight",
-)  # fmt: skip
-
-
-def numbers_are_in_range(settings: Settings) -> Iterator[Finding]:
-    """Counts, rates and cadences for which no small value makes sense."""
-    for path in _AT_LEAST_ONE:
-        value = settings.number(path)
-        if value is not None and value < 1:
-            yield path, f"has to be 1 or more, got {value}"
-    for path in _ABOVE_ZERO:
-        value = settings.number(path)
-        if value is not None and not 0 < value < math.inf:
-            yield path, f"has to be a number above 0, got {value}"
-    for path in _NOT_BELOW_ZERO:
-        value = settings.number(path)
-        if value is not None and not 0 <= value < math.inf:
-            yield path, f"has to be 0 or more, got {value}"
 
 
 def _is_policy(settings: Settings) -> bool:
@@ -383,6 +368,8 @@ RULES: tuple[Rule, ...] = (
     every_device_gets_a_group,
     training_ends,
     numbers_are_in_range,
+    greedy_samples_differ,
+    divergence_is_of_the_policy_as_it_is,
     weightings_name_trained_attributes,
     attributes_are_named_once,
     preferences_train_one_score,

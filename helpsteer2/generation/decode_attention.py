@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from helpsteer2.data.packing import PackedBatch
 from helpsteer2.errors import UserError
 from helpsteer2.generation.kv_cache import CohortCache
 from helpsteer2.models.attention import PackedContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class PrefillContext:
@@ -43,7 +47,7 @@ class PrefillContext:
         window: int | None,
     ) -> Tensor:
         """Attention of one layer; see ``AttentionContext``."""
-        _check_window(layer, window, self._cache.span)
+        check_window(type(layer).__name__, window, self._cache.span)
         index = _index(layer)
         for kind, tensor in enumerate((key, value)):
             chosen = tensor[0].index_select(1, self._places)
@@ -73,7 +77,7 @@ class DecodeContext:
         window: int | None,
     ) -> Tensor:
         """Attention of one layer; see ``AttentionContext``."""
-        _check_window(layer, window, self._span)
+        check_window(type(layer).__name__, window, self._span)
         index, sizes = _index(layer), [cache.rows for cache in self._caches]
         # (1, H, B, D) to (B, H, D), which is how it lies in memory.
         queries, keys, values = (
@@ -96,11 +100,33 @@ def _index(layer: nn.Module) -> int:
     return index
 
 
-def _check_window(layer: nn.Module, window: int | None, span: int) -> None:
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The sliding window of a decoder's layers, None if no layer has one.
+
+    Args:
+        config: Of the decoder.
+    """
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    # Some configurations hold a window that is switched off.
+    slides = "sliding_attention" in kinds and getattr(config, "use_sliding_window", True)
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if slides else None
+
+
+def check_window(who: str, window: int | None, span: int) -> None:
+    """Refuse texts longer than a sliding window.
+
+    Args:
+        who: The layer or model that has it.
+        window: Tokens that it attends to, None for all.
+        span: Tokens of the longest prompt with its longest response.
+
+    Raises:
+        UserError: If the window is shorter.
+    """
     if window is not None and window < span:
         raise UserError(
-            f"{type(layer).__name__} attends to {window} tokens at most, and a prompt with its "
-            f"response may take {span}: sampling in process has no sliding windows; lower "
-            "lengths.max_prompt_tokens or sampling.max_tokens, or sample from a server "
-            "(engine=openai)"
+            f"{who} attends to {window} tokens at most, and a prompt with its response may take "
+            f"{span}: sampling in process has no sliding windows; lower sampling.max_tokens or "
+            "max_prompt_tokens, or sample from a server (engine=openai)"
         )

@@ -18,11 +18,17 @@ from helpsteer2.generation.partial_attention import attend, joined
 FIRST_CAPACITY = 32
 """Tokens of a sample there is room for at first; doubled whenever it is full."""
 
+SLACK = 2
+"""Room is kept for so many times the live samples (or prompts) at the most. It is given back by a
+copy of what is live, which is then no more than what has ended since the last one."""
+
 Indices = npt.NDArray[np.int64]
 
 
 class CohortCache:
     """Keys and values of a cohort: G prompts, and B live samples that are t tokens long.
+
+    What it holds is less than twice ``reserved_tokens``, except while it is copied.
 
     Args:
         prompt_lengths: Tokens of each prompt.
@@ -52,7 +58,7 @@ class CohortCache:
         self._n_layers = n_layers
         self._device = device
         self._n_tokens = 0
-        self._prompts: Tensor | None = None  # (2, layers, G, Hkv, P, D), keys and values
+        self._prompts: Tensor | None = None  # (2, layers, ≥ G, Hkv, P, D), keys and values
         self._tails = torch.empty(0)  # (2, layers, ≥ B, Hkv, ≥ t, D), keys and values
         self._mask: Tensor | None = None  # (G, 1, 1, P)
         # Of each row its place among all G·n samples. The same on the device, and the row at each
@@ -126,7 +132,7 @@ class CohortCache:
         keys, values = self._tails[:, layer, :rows, :, : self._n_tokens].unbind()
         keys[:, :, -1], values[:, :, -1] = key, value
         own, own_lse = attend(query.unflatten(1, (heads, -1)), keys, values, scale)
-        prompt_keys, prompt_values = self._prompts[:, layer].unbind()
+        prompt_keys, prompt_values = self._prompts[:, layer, : self._n_prompts].unbind()
         shared, shared_lse = attend(
             self._by_prompt(query, heads), prompt_keys, prompt_values, scale, self._mask
         )
@@ -156,14 +162,13 @@ class CohortCache:
         """
         assert self._prompts is not None
         order = _closed_up(self.rows, ended)
-        _move(self._tails[..., : self._n_tokens, :], order)
+        self._tails = _reordered(self._tails, order, self._n_tokens)
         self.rows = len(order)
         prompts, samples = np.divmod(self._place_of[order], self._n_samples)
         gone = sorted(set(range(self._n_prompts)) - set(prompts.tolist()))
         if gone:
             kept = _closed_up(self._n_prompts, gone)
-            _move(self._prompts, kept)
-            self._prompts = self._prompts[:, :, : len(kept)]
+            self._prompts = _reordered(self._prompts, kept, self.longest_prompt)
             self._mask = None if self._mask is None else self._mask[torch.from_numpy(kept)]
             self._lengths = self._lengths[torch.from_numpy(kept)]
             prompts = np.argsort(kept)[np.searchsorted(np.sort(kept), prompts)]
@@ -186,8 +191,18 @@ def _closed_up(size: int, gone: Sequence[int]) -> Indices:
     return order
 
 
-def _move(slab: Tensor, order: Indices) -> None:
-    """Copy what has another place now along dimension 2, and nothing else."""
+def _reordered(slab: Tensor, order: Indices, n_tokens: int) -> Tensor:
+    """A slab whose dimension 2 begins with these of its things: a smaller one, or itself changed.
+
+    Args:
+        slab: ``(2, layers, ≥ len(order), Hkv, ≥ n_tokens, D)``.
+        order: Which of its things stands where.
+        n_tokens: Tokens of each thing so far; what lies behind them is left to chance.
+    """
+    if SLACK * len(order) <= slab.shape[2]:
+        return slab.index_select(2, torch.from_numpy(order).to(slab.device))
     (moved,) = np.nonzero(order != np.arange(len(order)))
     if len(moved):
-        slab[:, :, torch.from_numpy(moved)] = slab[:, :, torch.from_numpy(order[moved])]
+        used = slab[..., :n_tokens, :]
+        used[:, :, torch.from_numpy(moved)] = used[:, :, torch.from_numpy(order[moved])]
+    return slab

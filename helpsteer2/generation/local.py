@@ -9,6 +9,7 @@ sample that ends leaves at once; when enough have left, the next cohort begins.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,12 @@ from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import UserError
 from helpsteer2.functional.sampling import Truncation, draw
 from helpsteer2.generation.cohort import Cohort, Ended, Request
-from helpsteer2.generation.decode_attention import DecodeContext, PrefillContext
+from helpsteer2.generation.decode_attention import (
+    DecodeContext,
+    PrefillContext,
+    check_window,
+    sliding_window,
+)
 from helpsteer2.generation.kv_cache import CohortCache
 from helpsteer2.generation.sampling import Sample, SamplingParams, response_text
 from helpsteer2.models.attention import check_span, row_hidden_states
@@ -43,8 +49,9 @@ class LocalEngine:
 
     Args:
         max_rows: Most samples at a time; the n samples of one prompt are always taken together.
-        cache_tokens: Tokens whose keys and values are held at the most, those that samples may
-            still take included.
+        cache_tokens: Tokens whose keys and values are counted at the most, those that samples may
+            still take included. Up to twice as many are held, as ended samples give their room back
+            half by half.
         prefill_tokens: Prompt tokens of one forward pass; a longer prompt gets a pass of its own.
         prompts_per_block: Prompts that are sampled to their end before the next ones begin. It
             makes a run repeatable to the last bit from the beginning of any block, and costs a
@@ -144,7 +151,7 @@ class LocalSampler:
 
         Raises:
             UserError: If a prompt cannot be rendered or a limit is too small for it, before any is
-                sampled; or the model gives no numbers.
+                sampled; or the memory is too small, or the model gives no numbers.
         """
         requests = [self._request(group, params) for group in prompts]
         for first in range(0, len(requests), self.prompts_per_block):
@@ -160,19 +167,37 @@ class LocalSampler:
         cohorts: list[Cohort] = []
         while cohorts or waiting.requests:
             for begun in waiting.next_cohorts([cohort.cache for cohort in cohorts]):
-                cohort = Cohort(begun, self._cache(begun, params), params, stops)
-                cohorts.append(cohort)
-                yield from self._completed(self._begin(cohort, truncation), params.n)
+                cohorts.append(Cohort(begun, self._cache(begun, params), params, stops))
+                with self._memory_told():
+                    ended = self._begin(cohorts[-1], truncation)
+                yield from self._completed(ended, params.n)
             cohorts = [cohort for cohort in cohorts if cohort.is_live]
             if cohorts:
-                yield from self._completed(self._step(cohorts, truncation), params.n)
+                with self._memory_told():
+                    ended = self._step(cohorts, truncation)
+                yield from self._completed(ended, params.n)
                 cohorts = [cohort for cohort in cohorts if cohort.is_live]
+
+    @contextmanager
+    def _memory_told(self) -> Iterator[None]:
+        """Say what takes less memory, if there is too little."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            limits = ("cache_tokens", "max_rows", "prefill_tokens")
+            told = ", ".join(f"engine.{name}={getattr(self.engine, name)}" for name in limits)
+            raise UserError(f"out of memory with {told}: lower one of them") from error
 
     def _request(self, group: Group, params: SamplingParams) -> Request:
         ids = np.asarray(self.chat.prompt_ids(group.prompt), np.int32)
         if len(ids) < 2:
             raise UserError(f"prompt {group.id}: the chat template makes {len(ids)} tokens")
-        check_span(self._config, len(ids) + params.max_tokens)
+        span = len(ids) + params.max_tokens
+        try:
+            check_span(self._config, span, "sampling.max_tokens or max_prompt_tokens")
+            check_window("the policy", sliding_window(self._config), span)
+        except UserError as error:
+            raise UserError(f"prompt {group.id}: {error}") from error
         room, needed = self.engine.cache_tokens, len(ids) + params.n * params.max_tokens
         if needed > room:
             raise UserError(

@@ -36,7 +36,7 @@ def score(data: GroupSource, folder: Path) -> None:
 
 
 def pair(data: GroupSource, folder: Path) -> None:
-    pairs(str(folder / "run"), data, "train", "preference", HELPFULNESS, 0.0)
+    pairs(str(folder / "run"), data, ["train"], "preference", HELPFULNESS, 0.0)
 
 
 def evaluate(data: GroupSource, folder: Path) -> None:

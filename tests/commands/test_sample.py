@@ -30,6 +30,7 @@ from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.sources.group_files import GroupFiles
 from helpsteer2.data.tokenizer import TrainedTokenizer
 from helpsteer2.errors import UserError
+from helpsteer2.generation.local import LocalEngine
 from helpsteer2.generation.sampling import Sample, SamplingParams
 from helpsteer2.models.attention import implementation_name
 from helpsteer2.models.policy import Policy
@@ -110,9 +111,13 @@ def test_groups_are_written_in_the_order_of_the_prompts(run: Run, tmp_path: Path
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result = run("max_prompts=4")
+    monkeypatch.setattr(LocalEngine, "open", lambda *_: pytest.fail("the policy was loaded"))
     before = (tmp_path / "run/groups.jsonl").stat().st_mtime_ns
     assert run("max_prompts=4") == result
     assert "finished before" in capsys.readouterr().out
@@ -128,14 +133,25 @@ def test_long_prompts_are_left_out_counted_and_named(run: Run, tmp_path: Path) -
     for group in read_all(WorldSource(groups=PROMPTS, validation_groups=256, seed=0), "train"):
         lengths[group.id] = len(chat.prompt_ids(group.prompt))
     limit = sorted(lengths.values())[PROMPTS // 2]
-    result = run(f"lengths.max_prompt_tokens={limit}", folder="short")
+    result = run(f"max_prompt_tokens={limit}", folder="short")
     too_long = [name for name, length in lengths.items() if length > limit]
     assert result["too_long"] == too_long
     assert result["metrics"]["prompts_too_long"] == len(too_long) > 0
     kept = read(tmp_path / "short/groups.jsonl")
     assert {group.id for group in kept} == lengths.keys() - set(too_long)
     with pytest.raises(UserError, match="none of the 24 prompts"):
-        run("lengths.max_prompt_tokens=3", folder="none")
+        run("max_prompt_tokens=3", folder="none")
+
+
+def test_settings_that_gave_no_sample_do_not_bind(run: Run) -> None:
+    """Whoever follows what an error says goes on in the same folder."""
+    with pytest.raises(UserError, match="raise max_prompt_tokens"):
+        run("max_prompt_tokens=3")
+    with pytest.raises(UserError, match=r"engine\.cache_tokens=50 is too small"):
+        run("sampling.max_tokens=40", "engine.cache_tokens=50")
+    assert run("sampling.max_tokens=4")["sampling"]["max_tokens"] == 4
+    with pytest.raises(UserError, match="other settings"):
+        run("sampling.max_tokens=5")
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
@@ -172,6 +188,8 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     with largest_file(len(expected) // 2), pytest.raises(UserError, match=message):
         run(folder="full")
     assert not (tmp_path / "full/groups.jsonl").exists()
+    with pytest.raises(UserError, match=r"other settings.*max_prompt_tokens"):
+        run("max_prompt_tokens=300", folder="full")
     result = run(folder="full")
     assert (tmp_path / "full/groups.jsonl").read_bytes() == expected
     assert result["metrics"]["tokens_in_this_run"] < whole["metrics"]["tokens"]
@@ -195,7 +213,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         (["model=/nowhere"], "there is no file or folder /nowhere"),
         (["sampling.top_q=1"], "did you mean top_p"),
         (["sampling.n=many"], "sampling.n: expected"),
-        (["lengths.max_prompt_tokens=0"], "has to be 1 or more"),
+        (["max_prompt_tokens=0"], "has to be 1 or more"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(

@@ -54,6 +54,18 @@ SFT = {"_target_": "helpsteer2.modules.sft.SFTModule"}
 DPO = {"_target_": "helpsteer2.modules.dpo.DPOModule"}
 RPO = {"_target_": "helpsteer2.modules.dpo.RPOModule"}
 
+SAMPLING = {
+    "_target_": "helpsteer2.generation.sampling.SamplingParams",
+    "n": 10, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 64, "seed": 1,
+}  # fmt: skip
+
+
+def of_policy(reference: str | None = None, **sampling: float) -> dict[str, Any]:
+    """An evaluation of a policy."""
+    target = "helpsteer2.evaluation.world_policy.WorldPolicyEvaluation"
+    node = {"_target_": target, "reference": reference, "sampling": SAMPLING | sampling}
+    return {"evaluators": {"mine": node}}
+
 
 def findings(**changes: Any) -> list[str]:
     """Paths that the rules complain about; ``__`` stands for a dot."""
@@ -88,6 +100,7 @@ def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
         ({"backbone__lora": {"rank": 0}}, "backbone.lora.rank"),
         ({"backbone__lora": {"alpha": 0.0}}, "backbone.lora.alpha"),
         ({"backbone__lora": {"dropout": -0.1}}, "backbone.lora.dropout"),
+        ({"backbone__lora": {"dropout": 1.0}}, "backbone.lora.dropout"),
         ({"trainer__precision": "bf16-true", "backbone__lora": {}}, "trainer.precision"),
         ({"backbone__path": None}, "backbone.path"),
         ({"backbone__path": None, "backbone__init": "random"}, "backbone.config"),
@@ -134,6 +147,17 @@ def test_rules_have_nothing_to_say_about_what_is_not_there() -> None:
         ({"model": POLICY, "module": DPO, "reference": "./no/such/folder"}, "reference"),
         ({"module__loss__beta": 0.0}, "module.loss.beta"),
         ({"module__sft_weight": -1.0}, "module.sft_weight"),
+        ({"module__loss__label_smoothing": 0.5}, "module.loss.label_smoothing"),
+        ({"min_gap": -1.0}, "min_gap"),
+        ({"max_prompts": 0}, "max_prompts"),
+        ({"sampling": SAMPLING | {"n": 0}}, "sampling.n"),
+        ({"sampling": SAMPLING | {"top_p": 1.5}}, "sampling.top_p"),
+        ({"sampling": SAMPLING | {"temperature": float("nan")}}, "sampling.temperature"),
+        ({"sampling": SAMPLING | {"temperature": 0.0}}, "sampling.n"),
+        (of_policy(top_k=-1), "evaluators.mine.sampling.top_k"),
+        (of_policy(reference="a/b", top_k=5), "evaluators.mine.sampling.top_k"),
+        (of_policy(reference="a/b", top_p=0.9), "evaluators.mine.sampling.top_p"),
+        (of_policy(reference="a/b", temperature=0.7), "evaluators.mine.sampling.temperature"),
         ({"model": REWARD | {"init_from": "./no/such/model"}}, "model.init_from"),
         ({"attributes": [], "weights": None}, "attributes"),
         ({"module___target_": "helpsteer2.modules.preference.PreferenceModule"}, "attributes"),
@@ -175,6 +199,9 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], path: str) -> None
         {"model": {"_target_": "helpsteer2.models.start.NoSuchStart"}, "module": SFT},
         {"model": "outputs/later/export"},
         {"model": str(Path(__file__).parent)},
+        {"sampling": SAMPLING | {"temperature": 0.0, "n": 1}, "max_prompts": None, "min_gap": 0},
+        of_policy(top_k=5, temperature=0.7),
+        of_policy(reference="a/b"),
     ],
 )
 def test_what_can_work_is_allowed(changes: dict[str, Any]) -> None:

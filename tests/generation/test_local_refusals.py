@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from helpsteer2.generation.sampling import SamplingParams
 from helpsteer2.models.policy import Policy
 
 from .local_policies import make_policy, make_prompts
+
+LONG = Group("long", "made up", ({"role": "user", "content": "why " * 80},), ())
 
 
 def run(policy: Policy, engine: LocalEngine | None = None, **params: Any) -> None:
@@ -55,28 +58,77 @@ def test_a_cache_too_small_for_one_prompt(tokenizer: PreTrainedTokenizerFast) ->
         run(make_policy(tokenizer), LocalEngine(cache_tokens=50), n=2, max_tokens=40)
 
 
-def test_a_window_shorter_than_the_texts(tokenizer: PreTrainedTokenizerFast) -> None:
-    policy = make_policy(tokenizer, "mistral", sliding_window=30)
-    with pytest.raises(UserError, match=r"attends to 30 tokens.*engine=openai"):
-        run(policy, max_tokens=20)
-    wide = make_policy(tokenizer, "mistral", sliding_window=400)
-    run(wide, max_tokens=3)
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("mistral", {"sliding_window": 100}, "attends to 100 tokens.*engine=openai"),
+        (
+            "qwen2",
+            {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 1},
+            "attends to 100 tokens.*engine=openai",
+        ),
+        ("gpt2", {"n_positions": 100}, "positions for 100 tokens"),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 100,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "beyond 100 tokens",
+        ),
+    ],
+)
+def test_a_late_prompt_that_is_too_long_for_the_model_is_told_before_any_is_sampled(
+    tokenizer: PreTrainedTokenizerFast, model_type: str, options: dict[str, Any], message: str
+) -> None:
+    policy = make_policy(tokenizer, model_type, **options)
+    params = SamplingParams(max_tokens=4)
+    samples = LocalSampler(policy, LocalEngine()).sample([*make_prompts(80), LONG], params)
+    with pytest.raises(UserError, match=f"^prompt long: .*{message}") as raised:
+        next(samples)
+    assert "lower sampling.max_tokens or max_prompt_tokens" in str(raised.value)
+    run(policy, max_tokens=4)
 
 
-def test_texts_beyond_learned_positions(tokenizer: PreTrainedTokenizerFast) -> None:
-    policy = make_policy(tokenizer, "gpt2", n_positions=40)
-    with pytest.raises(UserError, match="positions for 40 tokens"):
-        run(policy, max_tokens=60)
-
-
-def test_a_late_prompt_that_is_too_long_is_told_before_any_is_sampled(
+def test_a_window_that_is_switched_off_or_wide_enough_is_no_limit(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    long = Group("long", "made up", ({"role": "user", "content": "why " * 80},), ())
+    off = {"sliding_window": 3, "use_sliding_window": False}
+    run(make_policy(tokenizer, "qwen2", **off), max_tokens=3)
+    run(make_policy(tokenizer, "mistral", sliding_window=400), max_tokens=3)
+
+
+def test_a_window_that_the_configuration_does_not_tell_is_refused_by_its_layer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    policy = make_policy(tokenizer, "mistral", sliding_window=30)
+    policy.backbone.config.layer_types = ["full_attention"] * 2
+    with pytest.raises(UserError, match=r"Mistral\w+ attends to 30 tokens.*engine=openai"):
+        run(policy, max_tokens=40)
+
+
+def test_a_late_prompt_that_is_too_long_for_the_cache_is_told_before_any_is_sampled(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     sampler = LocalSampler(make_policy(tokenizer), LocalEngine(cache_tokens=100))
-    samples = sampler.sample([*make_prompts(80), long], SamplingParams(max_tokens=4))
+    samples = sampler.sample([*make_prompts(80), LONG], SamplingParams(max_tokens=4))
     with pytest.raises(UserError, match="prompt long with n=1"):
         next(samples)
+
+
+@pytest.mark.parametrize("forward", [1, 4])
+def test_too_little_memory(tokenizer: PreTrainedTokenizerFast, forward: int) -> None:
+    """In the pass of the prompts, or in a later one."""
+    policy, passes = make_policy(tokenizer), itertools.count(1)
+
+    def allocate(*_: Any) -> None:
+        if next(passes) == forward:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    policy.backbone.layers[0].register_forward_pre_hook(allocate)
+    wanted = r"out of memory.*engine\.cache_tokens=.*engine\.max_rows=.*engine\.prefill_tokens="
+    with pytest.raises(UserError, match=wanted):
+        run(policy, max_tokens=8)
 
 
 def test_weights_that_are_no_numbers(tokenizer: PreTrainedTokenizerFast) -> None:

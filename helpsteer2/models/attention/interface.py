@@ -270,12 +270,17 @@ def _outside_interface(name: str) -> str:
     )
 
 
-def check_span(config: PreTrainedConfig, span: int) -> None:
+def check_span(
+    config: PreTrainedConfig,
+    span: int,
+    limits: str = "lengths.max_prompt_tokens and lengths.max_response_tokens",
+) -> None:
     """Refuse texts beyond learned positions, and those that would share a rotary scale in a row.
 
     Args:
         config: Of the decoder.
         span: Tokens of the longest prompt with its response.
+        limits: Settings that say how long the texts may be, for the message.
 
     Raises:
         UserError: If the backbone's positions do not allow that length.
@@ -284,8 +289,8 @@ def check_span(config: PreTrainedConfig, span: int) -> None:
     learned = None if rope else getattr(config, "max_position_embeddings", None)
     if learned is not None and span > learned:
         raise UserError(
-            f"the backbone has positions for {learned} tokens, and a group here has {span}: lower "
-            "lengths.max_prompt_tokens and lengths.max_response_tokens"
+            f"the backbone has positions for {learned} tokens, and a prompt with its response "
+            f"takes {span}: lower {limits}"
         )
     variants = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
     for variant in variants:
@@ -296,8 +301,8 @@ def check_span(config: PreTrainedConfig, span: int) -> None:
             if span > limit:
                 raise UserError(
                     f"rope_type {variant['rope_type']} scales with the longest text of a batch "
-                    f"beyond {limit} tokens, and a group here has {span}: lower "
-                    "lengths.max_prompt_tokens and lengths.max_response_tokens"
+                    f"beyond {limit} tokens, and a prompt with its response takes {span}: lower "
+                    f"{limits}"
                 )
 
 
