@@ -277,12 +277,13 @@ def _run(
     return metrics
 
 
-def find_metric(metrics: Mapping[str, Any], place: str) -> float:
+def find_metric(metrics: Mapping[str, Any], place: str, key: str = "optimized_metric") -> float:
     """Look up one figure of nested metrics.
 
     Args:
         metrics: Nested figures.
         place: Its keys, joined by slashes.
+        key: Setting that holds the place, for the message.
 
     Returns:
         The figure; NaN if it could not be computed.
@@ -294,7 +295,7 @@ def find_metric(metrics: Mapping[str, Any], place: str) -> float:
     if place not in figures:
         near = get_close_matches(place, figures, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"optimized_metric: there is no figure {place!r}{hint}")
+        raise UserError(f"{key}: there is no figure {place!r}{hint}")
     value = figures[place]
     return float("nan") if value is None else float(value)
 

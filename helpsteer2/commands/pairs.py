@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.pairing import By, PairCounts, Pairing
+from helpsteer2.data.rows import SPLITS
 from helpsteer2.data.sources.group_files import write_groups
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.report import named_table
@@ -35,21 +37,22 @@ MEANINGS = {
 def pairs(
     run_dir: str,
     data: GroupSource,
-    split: str,
+    splits: Sequence[str],
     by: By,
     weights: AttributeWeights,
     min_gap: float,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the best and the worst response of each group as ``groups.jsonl``.
+    """Write the best and the worst response of each group, a file a split.
 
     By helpfulness ratings, HelpSteer2's train split has 7,221 pairs according to arXiv 2406.08673,
     section 4.3.
 
     Args:
-        run_dir: Folder of the pairs (``groups.jsonl``) and the record (``result.json``).
+        run_dir: Folder of the pairs (``train.jsonl``, ``validation.jsonl``), which is data for
+            ``data=groups``, and of the record (``result.json``).
         data: Groups of n responses.
-        split: The split of them to read.
+        splits: The splits of them to read.
         by: ``ratings``, ``scores`` (made by ``helpsteer2 annotate``) or ``preference``.
         weights: Weighting that makes one reward of ratings or scores; a single score is one.
         min_gap: Smallest difference of the two rewards; by preference, the smallest strength.
@@ -57,26 +60,29 @@ def pairs(
 
     Raises:
         DataError: If a row of the data is bad.
-        UserError: If no pair is left, the weighting does not fit the data, another process uses the
-            folder, or it cannot be written.
+        UserError: If no pair is left of a split, the weighting does not fit the data, another
+            process uses the folder, or it cannot be written. Pairs of an earlier run stay then.
     """
     started, start = datetime.now(timezone.utc), time.monotonic()
-    folder, counts = RunFolder(run_dir), PairCounts()
-    path = folder.path / "groups.jsonl"
+    if not splits:
+        raise UserError("splits is empty: name at least one, splits=[train] for example")
+    folder = RunFolder(run_dir)
+    counts = {split: PairCounts() for split in splits}
     pairing = Pairing(by, weights, min_gap)
 
-    def made() -> Iterator[Group]:
-        yield from pairing.pairs(read_all(data, split), data.attribute_names, counts)
-        if not counts.pairs:
-            raise UserError(f"no pair is left of the split {split!r}: {_told(counts)}")
+    def made(split: str) -> Iterator[Group]:
+        of = counts[split]
+        yield from pairing.pairs(read_all(data, split), data.attribute_names, of)
+        if not of.pairs:
+            raise UserError(f"no pair is left of the split {split!r}: {_told(of)}")
 
     with folder.locked():
-        write_groups(path, made(), data.attribute_names)
+        _write(folder.path, {split: made(split) for split in splits}, data.attribute_names)
         folder.write_result(
             {
                 "kind": "pairs",
-                "metrics": asdict(counts),
-                "fingerprint": data.fingerprint(split),
+                "metrics": {split: asdict(of) for split, of in counts.items()},
+                "fingerprints": {split: data.fingerprint(split) for split in splits},
                 "config": config,
                 "environment": environment(),
                 "started": started.isoformat(timespec="seconds"),
@@ -84,8 +90,25 @@ def pairs(
             }
         )
     console = Console()
-    console.print(counts_table(counts, f"pairs of {split!r} by {by}"))
-    console.print(f"wrote {path}", soft_wrap=True)
+    for split, of in counts.items():
+        console.print(counts_table(of, f"pairs of {split!r} by {by}"))
+    names = ", ".join(f"{split}.jsonl" for split in splits)
+    console.print(f"wrote {names} in {folder.path}", soft_wrap=True)
+
+
+def _write(folder: Path, splits: Mapping[str, Iterable[Group]], names: Sequence[str]) -> None:
+    """Put the files of all splits in place once each is whole; those of other splits go."""
+    aside = {split: folder / f".{split}.jsonl" for split in splits}
+    try:
+        for split, groups in splits.items():
+            write_groups(aside[split], groups, names)
+        for split, path in aside.items():
+            path.replace(folder / f"{split}.jsonl")
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
+    for split in set(SPLITS).difference(splits):  # it would be of other settings
+        (folder / f"{split}.jsonl").unlink(missing_ok=True)
 
 
 def counts_table(counts: PairCounts, title: str) -> Table:

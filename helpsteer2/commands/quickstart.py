@@ -22,11 +22,15 @@ from rich.table import Table
 from helpsteer2.commands import CONFIG_COMMANDS
 from helpsteer2.commands.launch import launch
 from helpsteer2.commands.run_folder import RunFolder
+from helpsteer2.evaluation.meaning import OWN_REWARD
 from helpsteer2.evaluation.report import named_table
 from helpsteer2.pipeline.stages import override_text
 
 WEIGHTING = "helpsteer2_rlhf"
 PROMPTS = 128
+UNSEEN = 1000
+"""Seed of the data that judge the reward model: others chose its checkpoint."""
+
 EXAMPLE = {
     "prompt": "Tell me pet and job of Ada.",
     "response": "So, we have pet goat. Well, we have job baker.",
@@ -50,8 +54,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     run_dir, console = Path(arguments.run_dir), Console()
     started = time.monotonic()
-    # Threads that spin while they wait would slow a small model down wherever cores are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Models this small lose more by waiting for a second thread than it takes off them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading them takes no time
     console.print(
         "A small language model learns to speak of a made-up world; a reward model learns from it "
         "what\nannotators like; DPO makes its answers better, on rated pairs and on its own "
@@ -71,12 +76,17 @@ def main(argv: Sequence[str]) -> int:
     if code or result is None:
         return code
     exports = _policies(result)
-    metrics = _evaluated(run_dir / "evaluation", exports, console)
-    console.print(policies_table(metrics))
-    seconds, folder = time.monotonic() - started, run_dir / "evaluation"
-    told = f"{seconds:.0f} s in all; more figures, answers and a plot are in {folder}\n"
-    console.print(told, soft_wrap=True, highlight=False)
-    steps = _next_steps(list(exports.values())[-1], _export(result, "reward_model", "reward_model"))
+    reward_model = _export(result, "reward_model", "reward_model")
+    console.print("evaluation on prompts that no training has seen")
+    places = [run_dir / "evaluation_of_rewards", run_dir / "evaluation"]
+    for table in reward_tables(_reward_metrics(places[0], reward_model)):
+        console.print(table)
+    console.print(policies_table(_policy_metrics(places[1], exports)))
+    told = f"{time.monotonic() - started:.0f} s in all; more figures, answers and plots:"
+    console.print(told, highlight=False)
+    for folder in (*places, Path(reward_model).parent / "plots"):
+        console.print(f"  {folder}", soft_wrap=True, highlight=False)
+    steps = "\n" + _next_steps(list(exports.values())[-1], reward_model)
     console.print(steps, soft_wrap=True, markup=False, highlight=False)
     return 0
 
@@ -99,33 +109,105 @@ def _export(result: Mapping[str, Any], stage: str, given: str = "") -> str:
     return str(result["config"]["pipeline"][given])
 
 
-def _evaluated(folder: Path, exports: Mapping[str, str], console: Console) -> dict[str, Any]:
-    """Metrics of every policy, by its name in the table; read again if they are there."""
+def _reward_metrics(folder: Path, reward_model: str) -> dict[str, Any]:
+    """Metrics of the reward model, by evaluator."""
+    return dict(_evaluation(folder, {
+        "model": reward_model,
+        "evaluator": ["ratings", "preferences"],
+        "data@evaluators.ratings.data": "world",
+        "evaluators.ratings.data.seed": UNSEEN,
+        "evaluators.ratings.data.ratings": "oracle",  # the truth, not the annotators'
+        "data@evaluators.preferences.data": "world",
+        "evaluators.preferences.data.seed": UNSEEN,
+    })["metrics"])  # fmt: skip
+
+
+def _policy_metrics(folder: Path, exports: Mapping[str, str]) -> dict[str, Any]:
+    """Metrics of every policy, by its name in the table."""
     paths = list(exports.values())
-    record = RunFolder(folder).result()
-    # The name of a stage's folder stands for all that its policy depends on.
-    if record is None or [model["path"] for model in record["models"].values()] != paths:
-        console.print(f"the oracle rates the answers of {len(paths)} policies to unseen prompts")
-        settings: dict[str, Any] = {
-            "run_dir": str(folder),
-            "model": paths,
-            "evaluator": ["world_policy"],
-            "evaluators.world_policy.data.validation_groups": PROMPTS,
-            "evaluators.world_policy.sampling.max_tokens": 64,
-            "evaluators.world_policy.baseline": paths[0],
-            "evaluators.world_policy.reference": paths[0],
-        }
-        # Its tables hold far more than a first look wants; its record keeps all.
-        with redirect_stdout(io.StringIO()):
-            overrides = [override_text(key, value) for key, value in settings.items()]
-            launch(CONFIG_COMMANDS["evaluate"], overrides)
-        record = RunFolder(folder).result()
-    assert record is not None
+    record = _evaluation(folder, {
+        "model": paths,
+        "evaluator": ["world_policy"],
+        "evaluators.world_policy.data.validation_groups": PROMPTS,
+        "evaluators.world_policy.sampling.max_tokens": 64,
+        "evaluators.world_policy.baseline": paths[0],
+        "evaluators.world_policy.reference": paths[0],
+    })  # fmt: skip
     by_path = {
         model["path"]: record["metrics"][name]["world_policy"]
         for name, model in record["models"].items()
     }
     return {name: by_path[path] for name, path in exports.items()}
+
+
+def _evaluation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate without a word, and read the record."""
+    given = {"run_dir": str(folder), **settings}
+    # Its tables hold far more than a first look wants; its record keeps all.
+    with redirect_stdout(io.StringIO()):
+        launch(CONFIG_COMMANDS["evaluate"], [override_text(*item) for item in given.items()])
+    record = RunFolder(folder).result()
+    assert record is not None
+    return record
+
+
+def reward_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """The few figures of a reward model that a first look needs.
+
+    Args:
+        metrics: ``ratings`` as made by ``RatingEvaluation.evaluate``, ``preferences`` as by
+            ``PreferenceEvaluation.evaluate``.
+
+    Returns:
+        How near its scores are to ratings, if they are ratings, and how often the preferred
+        response gets the higher reward.
+    """
+    rated = {
+        name: figures["predictors"]
+        for name, figures in metrics["ratings"]["attributes"].items()
+        if "predictors" in figures
+    }
+    weightings = metrics["preferences"]["weightings"]
+    preferences = _preferences_table(weightings.get(OWN_REWARD) or weightings[WEIGHTING])
+    if not rated:
+        return [preferences]
+    return [_ratings_table(rated, metrics["ratings"]["responses"]), preferences]
+
+
+def _ratings_table(rated: Mapping[str, Any], responses: int) -> Table:
+    """A row an attribute, beside the mean rating and a predictor that knows the length alone."""
+    table = named_table(
+        f"reward model: {responses} responses, rated 0–4 by the oracle",
+        ["", "MSE", "of the mean", "Pearson", "pairs right", "by length"],
+    )
+    for name, predictors in rated.items():
+        model, mean, length = (predictors[key] for key in ("model", "mean", "length"))
+        table.add_row(
+            name,
+            _number(model["mse"], ".2f"),
+            _number(mean["mse"], ".2f"),
+            _number(model["pearson"], ".2f"),
+            _number(model["pairs"]["accuracy"], ".0%"),
+            _number(length["pairs"]["accuracy"], ".0%"),
+        )
+    return table
+
+
+def _preferences_table(figures: Mapping[str, Any]) -> Table:
+    """A row a strength of the preference, and one for all."""
+    subsets = figures["subsets"]
+    table = named_table(
+        "reward model: preferences of annotators", ["", "pairs", "preferred scored higher"]
+    )
+    for name, subset in subsets.items():
+        table.add_row(name, str(subset["prompts"]), _number(subset["accuracy"], ".0%"))
+    total = sum(subset["prompts"] for subset in subsets.values())
+    table.add_row("all", str(total), _number(figures["accuracy"], ".0%"))
+    return table
+
+
+def _number(figure: Mapping[str, float | None], form: str) -> str:
+    return "–" if figure["value"] is None else format(figure["value"], form)
 
 
 def policies_table(results: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helpsteer2.attributes import AttributeWeights
-from helpsteer2.commands.evaluate import evaluate, short_names
+from helpsteer2.commands.evaluate import evaluate, find_metric, short_names
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import Evaluator, model_key
@@ -82,11 +82,15 @@ def select(
         )
     folder, models = RunFolder(run_dir), candidate_models(candidates)
 
-    def evaluated(name: str, path: Path) -> float | None:
-        return evaluate(
-            str(folder.path / "candidates" / name), seed, str(path), evaluators, weightings,
-            engine, dtype, attention, tokens_per_microbatch, metric, config,
+    def evaluated(name: str, path: Path) -> float:
+        of_candidate = RunFolder(folder.path / "candidates" / name)
+        evaluate(
+            str(of_candidate.path), seed, str(path), evaluators, weightings, engine, dtype,
+            attention, tokens_per_microbatch, config=config,
         )  # fmt: skip
+        record = of_candidate.result()
+        assert record is not None, "an evaluation writes its result"
+        return find_metric(record["metrics"], metric, key="metric")
 
     with folder.locked():
         memory = _Memory.of(folder.path, config)
@@ -211,9 +215,7 @@ class _Memory:
             key = fingerprint_of(dependencies("select", others, contents))
         return cls(run_dir / "candidates", contents, key)
 
-    def value(
-        self, name: str, model: Path, evaluated: Callable[[str, Path], float | None]
-    ) -> float:
+    def value(self, name: str, model: Path, evaluated: Callable[[str, Path], float]) -> float:
         """The value of a candidate, evaluated if it is not known."""
         key, file = f"{self.key} {model_key(str(model))}", self.folder / name / "selection.json"
         try:
@@ -223,7 +225,6 @@ class _Memory:
         if self.key is not None and kept.get("key") == key:
             return math.nan if kept["value"] is None else float(kept["value"])
         value = evaluated(name, model)
-        assert value is not None, "a metric was named"
         write_json_atomic(file, {"key": key, "value": value})
         return value
 

@@ -347,7 +347,7 @@ def model_key(path: str, **settings: str) -> str | None:
     Returns:
         The hash; None if the model is no local folder, as a Hub id does not fix its weights.
     """
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         return None
     hashed = hashlib.sha256(repr(sorted(settings.items())).encode())

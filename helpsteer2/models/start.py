@@ -230,7 +230,7 @@ class PolicyStart:
                 "policy could not learn where to stop: choose another, such as plain"
             )
         record = Path(backbone.path or "") / POLICY_FILE
-        if record.is_file():
+        if backbone.init == "pretrained" and record.is_file():
             trained = json.loads(record.read_text(encoding="utf-8")).get("system_prompt")
             if bound.system_prompt != trained:
                 raise UserError(

@@ -27,7 +27,7 @@ class Contents:
     def __init__(self, memory: Path) -> None:
         self._memory = memory
         self._known = _read(memory)
-        self._used: dict[str, list[int | str]] = {}
+        self._new: dict[str, list[int | str]] = {}
 
     def of_file(self, path: Path) -> str:
         """Hash of a file's content.
@@ -45,12 +45,13 @@ class Contents:
                 status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
             ]  # fmt: skip
             known = self._known.get(name)
-            is_known = known is not None and known[:-1] == stamp
-            digest = str(known[-1]) if known and is_known else _digest(name)
+            if known is not None and known[:-1] == stamp:
+                return str(known[-1])
+            digest = _digest(name)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         if time.time_ns() - status.st_ctime_ns > _SETTLED_NS:
-            self._used[name] = [*stamp, digest]
+            self._known[name] = self._new[name] = [*stamp, digest]
         return digest
 
     def of_files(self, folder: Path, path: str) -> dict[str, str]:
@@ -79,14 +80,17 @@ class Contents:
         return combined(self.of_files(path, "."))
 
     def save(self) -> None:
-        """Remember what was hashed.
+        """Remember what was hashed since; nothing is written beside a folder that is not there.
 
         Raises:
             UserError: If the file cannot be written.
         """
-        merged = {**_read(self._memory), **self._used}
+        if not self._new or not self._memory.parent.is_dir():
+            return
+        merged = {**_read(self._memory), **self._new}
         there = {name: entry for name, entry in merged.items() if os.path.exists(name)}
         write_json_atomic(self._memory, there)
+        self._new.clear()
 
 
 def combined(files: Mapping[str, str]) -> str:

@@ -72,7 +72,7 @@ class DPO:
         if self.sft is not None:
             stages.append(Stage("sft", "train", {**overrides_of(self.sft), "seed": seed}))
         stages += self.evaluated("sft", start, seed)
-        stages.append(Stage("pairs", "pairs", overrides_of(self.pairs)))
+        stages.append(Stage("pairs", "pairs", {**overrides_of(self.pairs), "splits": ["train"]}))
         trained, policy = self.trained("", start, start, overrides_of(self.train), seed)
         return [*stages, *trained], start, policy
 
@@ -96,7 +96,7 @@ class DPO:
         """
         pairs = {
             "data": "groups",
-            "data.path": Output(f"pairs{suffix}", "groups.jsonl"),
+            "data.path": Output(f"pairs{suffix}", "train.jsonl"),
             "lengths.max_prompt_tokens": self.max_prompt_tokens,
             "lengths.max_response_tokens": self.max_response_tokens,
         }

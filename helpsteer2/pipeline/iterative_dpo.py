@@ -27,7 +27,8 @@ class IterativeDPO(DPO):
             It decides the pairs alone: no reward model is trained again.
         reference: Which policy an iteration is compared with: the one before any DPO, or the one
             that the iteration starts from.
-        sample: Settings of ``sample``: which prompts, and how to draw.
+        sample: Settings of ``sample``: which prompts, and how to draw. Neither prompts nor samples
+            may be longer than DPO takes them.
         annotate: Settings of ``annotate``.
         scored_pairs: Settings of ``pairs`` in the iterations.
         train_again: Settings of ``train`` in the iterations, where they differ from those of the
@@ -54,6 +55,22 @@ class IterativeDPO(DPO):
                 f"pipeline.iterations: has to be 1 or more, got {self.iterations}; without any it "
                 "is pipeline=dpo"
             )
+        self._check_sampled_lengths()
+
+    def _check_sampled_lengths(self) -> None:
+        """Refuse samples that DPO would cut, and learn behind another prompt than they had."""
+        settings = overrides_of(self.sample)
+        limits = {
+            "max_prompt_tokens": "max_prompt_tokens",
+            "sampling.max_tokens": "max_response_tokens",
+        }
+        for key, limit in limits.items():
+            sampled, most = settings.get(key), getattr(self, limit)
+            if isinstance(sampled, int) and sampled > most:
+                raise ConfigError(
+                    f"pipeline.sample.{key}: {sampled} is above pipeline.{limit}={most}, so DPO "
+                    "would cut what was sampled: lower the one or raise the other"
+                )
 
     def stages(self, seed: int) -> Sequence[Stage]:
         """The stages of ``DPO``, ``reward_model``, and those of each iteration.
@@ -83,13 +100,14 @@ class IterativeDPO(DPO):
 
         return [
             Stage(f"sample{suffix}", "sample", {
-                **overrides_of(self.sample), "model": policy, "seed": seed,
+                "max_prompt_tokens": self.max_prompt_tokens, **overrides_of(self.sample),
+                "model": policy, "seed": seed,
             }),
             Stage(f"annotate{suffix}", "annotate", {
                 **overrides_of(self.annotate), **groups("sample"), "model": scorer,
             }),
             Stage(f"pairs{suffix}", "pairs", {
                 "weights": self.weights, **overrides_of(self.scored_pairs), **groups("annotate"),
-                "by": "scores",
+                "by": "scores", "splits": ["train"],
             }),
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whether the models that stages read are what they need, found out before the first one runs."""
+"""Whether the models that stages read will be there and fit, found out before the first stage."""
 
 from __future__ import annotations
 
@@ -31,12 +31,26 @@ def model_mistakes(stages: Mapping[str, PlannedStage]) -> list[str]:
     checks = {"reference": _reads_policy, "annotate": _reads_rewards, "pairs": _weights_scores}
     found: dict[str, str] = {}
     for name, stage in stages.items():
-        try:
-            if stage.stage.command in checks:
-                checks[stage.stage.command](stage, stages)
-        except UserError as error:
-            found.setdefault(str(error), name)
+        for check in (_reads_exports, checks.get(stage.stage.command)):
+            try:
+                if check is not None:
+                    check(stage, stages)
+            except UserError as error:
+                found.setdefault(str(error), name)
     return [f"stage {name}: {message}" for message, name in found.items()]
+
+
+def _reads_exports(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    """A training keeps the models of steps on the way only if it is told to."""
+    for output in stage.stage.reads():
+        made_by = stages[output.stage]
+        is_told = made_by.settings["schedule.export_every"] is not None
+        is_export = output.path.partition("/")[0] == "exports"
+        if is_export and made_by.stage.command == "train" and not is_told:
+            raise UserError(
+                f"reads the exports of stage {output.stage}, which keeps none: set its "
+                "schedule.export_every, for dpo +pipeline.train.schedule.export_every=STEPS"
+            )
 
 
 def _reads_policy(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:

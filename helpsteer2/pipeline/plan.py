@@ -10,7 +10,7 @@ from typing import Any
 
 from helpsteer2.config.checked import check
 from helpsteer2.config.command import ConfigCommand
-from helpsteer2.config.rules import Settings
+from helpsteer2.config.rules import Settings, run_folder_can_be_made
 from helpsteer2.errors import ConfigError
 from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.fingerprint import STAGE, dependencies, fingerprint_of
@@ -111,16 +111,18 @@ def plan(
         stages: In the order in which they run.
         commands: What they can be.
         stages_dir: Folder of the stages' folders.
-        contents: Hashes what stages read from outside the pipeline.
+        contents: Hashes what stages read from outside the pipeline, and remembers it.
 
     Returns:
         The stages, in their order.
 
     Raises:
-        ConfigError: With the mistakes of all stages.
+        ConfigError: With the mistakes of all stages; if stages could not run in that folder, with
+            that alone.
         UserError: If a file outside the pipeline cannot be read.
     """
     wrong = check_order(stages, commands.by_name)
+    wrong += [f"stages_dir: {message}" for message in _folder_mistakes(stages_dir)]
     if wrong:
         raise ConfigError("\n".join(wrong))
     planned: dict[str, PlannedStage] = {}
@@ -133,10 +135,17 @@ def plan(
             placeholder = stages_dir / f"{stage.name}-{'0' * 12}"
             unknown = Settings({}, {})
             planned[stage.name] = PlannedStage(stage, unknown, {}, "", placeholder, (), ())
+    contents.save()
     wrong = wrong or model_mistakes(planned)
     if wrong:
         raise ConfigError("\n".join(wrong))
     return list(planned.values())
+
+
+def _folder_mistakes(stages_dir: Path) -> list[str]:
+    """Why stages could not run there, told once and not of every stage."""
+    settings = Settings({"run_dir": str(stages_dir)}, {})
+    return [message for _, message in run_folder_can_be_made(settings)]
 
 
 def _planned(
@@ -157,9 +166,10 @@ def _planned(
         return [override_text(key, path(value)) for key, value in stage.overrides.items()]
 
     # Nothing has to be there yet: a path is replaced by the folder's name, which stands for the
-    # fingerprint of the stage that makes it.
-    bare = texts(STAGE)
-    settings, usable = commands.settings(stage.command, [*bare, "run_dir=run"])
+    # fingerprint of the stage that makes it. Its own folder bears the fingerprint to be found, so
+    # the one above stands in for it.
+    bare = [*texts(STAGE), override_text("run_dir", str(stages_dir))]
+    settings, usable = commands.settings(stage.command, bare)
     depends_on = dependencies(stage.command, settings.filled, contents)
     fingerprint = fingerprint_of(depends_on)
     folder = stages_dir / f"{stage.name}-{fingerprint[:12]}"

@@ -13,7 +13,7 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -96,7 +96,7 @@ class StageProcess:
         finally:
             self._starting = False
         if self.received is not None:
-            self._child.send_signal(_as_known(self.received))
+            self._child.send_signal(_as_understood(self.received))
 
     def _wait(self) -> int:
         assert self._child is not None
@@ -116,7 +116,8 @@ class StageProcess:
             os.close(theirs)
         try:
             for chunk in _chunks(ours):
-                os.write(sys.stdout.fileno(), chunk)
+                with suppress(OSError):  # a terminal that has gone away shall not stop the stage
+                    os.write(sys.stdout.fileno(), chunk)
                 log.write(chunk)
                 log.flush()
             return self._wait()
@@ -126,14 +127,18 @@ class StageProcess:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         if self._child is not None:
-            self._child.send_signal(_as_known(number))
+            self._child.send_signal(_as_understood(number))
         elif not self._starting:
             raise SystemExit(128 + number)
 
 
-def _as_known(number: int) -> int:
-    """The signal that asks a command to stop as this one does: hang-ups are not known to it."""
-    return signal.SIGTERM if number == signal.SIGHUP else number
+def _as_understood(number: int) -> int:
+    """The signal that asks a stage to stop as this one does.
+
+    Ctrl-C and SIGTERM are known to every command, and torchrun passes them on to its workers; of
+    SIGUSR1 it would die without them.
+    """
+    return number if number == signal.SIGINT else signal.SIGTERM
 
 
 def _chunks(terminal: int) -> Iterator[bytes]:

@@ -187,8 +187,7 @@ def needed(stages: list[PlannedStage], statuses: Mapping[str, Status]) -> dict[s
 
 def _edited(made: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Files that changed, vanished or came since a stage was finished."""
-    names = (made.keys() | found.keys()) - {RESULT}  # earlier versions hashed it
-    return sorted(name for name in names if made.get(name) != found.get(name))
+    return sorted(name for name in made.keys() | found.keys() if made.get(name) != found.get(name))
 
 
 def _why_never(stage: PlannedStage) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import signal
 import time
@@ -39,12 +40,14 @@ def statuses_of(stages: Sequence[PlannedStage], contents: Contents) -> dict[str,
 
     Args:
         stages: The plan.
-        contents: Hashes their outputs.
+        contents: Hashes their outputs, and remembers it.
 
     Raises:
-        UserError: If a record is damaged, or a file cannot be read.
+        UserError: If a record is damaged, or a file cannot be read or written.
     """
-    return needed(list(stages), {stage.name: status_of(stage, contents) for stage in stages})
+    statuses = {stage.name: status_of(stage, contents) for stage in stages}
+    contents.save()
+    return needed(list(stages), statuses)
 
 
 def refuse_edited(stages: Sequence[PlannedStage], statuses: dict[str, Status]) -> None:
@@ -101,7 +104,10 @@ class Runner:
         statuses = statuses_of(self.stages, self.contents)
         refuse_edited(self.stages, statuses)
         entries = [_entry(stage, "waiting") for stage in self.stages]
-        for number, stage in enumerate(self.stages):
+        waiting = list(range(len(self.stages)))
+        while waiting:
+            number = waiting.pop(0)
+            stage = self.stages[number]
             said = f"[{number + 1}/{len(self.stages)}] {stage.name}"
             if statuses[stage.name].kind == "unneeded":
                 self._say(f"{said}: not needed, {statuses[stage.name].why}")
@@ -117,6 +123,14 @@ class Runner:
                 raise
             entries[number] = _entry(stage, "run" if ran else "skipped")
             self.changed(entries)
+            if ran or statuses[stage.name].kind != "done":
+                # What reads it may be of an earlier result, and then needs other stages as well.
+                statuses = statuses_of(self.stages, self.contents)
+                waiting = [
+                    place
+                    for place, other in enumerate(self.stages)
+                    if place in waiting or statuses[other.name].kind not in ("done", "unneeded")
+                ]
         return entries
 
     def _settle(self, stage: PlannedStage, said: str) -> bool:
@@ -168,6 +182,7 @@ class Runner:
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         record.write(stage.folder)
+        self.contents.save()  # of what stages read, as there may have been no folder before
         return record
 
     def _end(self, stage: PlannedStage, record: Record, code: int, seconds: float) -> None:
@@ -201,7 +216,11 @@ class Runner:
             )
 
     def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        try:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a terminal that has gone away: the stages go on
+                raise
 
 
 def _how_it_ended(code: int) -> str:

@@ -38,18 +38,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
-def read_back(folder: Path) -> list[Group]:
-    return list(read_all(GroupFiles(str(folder / "run" / "groups.jsonl")), "train"))
+def read_back(folder: Path, split: str = "train") -> list[Group]:
+    return list(read_all(GroupFiles(str(folder / "run")), split))
 
 
 def test_pairs_of_any_data_set_are_groups_that_can_be_read(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["data=world", "data.groups=40", "data.seed=3", "data.ratings=annotators"]
-    result = run(*overrides)
-    groups = list(read_all(WorldSource(groups=40, seed=3, validation_groups=1), "train"))
+    result = run(*overrides, "data.validation_groups=30")
+    groups = list(read_all(WorldSource(groups=40, seed=3, validation_groups=30), "train"))
     decided = [g for g in groups if g.attributes and g.attributes[0][0] != g.attributes[1][0]]
-    metrics = result["metrics"]
+    metrics = result["metrics"]["train"]
     assert (metrics["groups"], metrics["pairs"]) == (40, len(decided))
     assert metrics["ties"] == 40 - len(decided) > 0
     assert result["kind"] == "pairs"
@@ -64,14 +64,18 @@ def test_pairs_of_any_data_set_are_groups_that_can_be_read(
         assert list(pair.rewards or ()) == helpfulness
         better = helpfulness.index(max(helpfulness))  # type: ignore[type-var]
         assert ((pair.preference_strength or 0) > 0) == (better == 1)
+    held_out = read_back(tmp_path, "validation")
+    assert len(held_out) == result["metrics"]["validation"]["pairs"]
+    assert not {pair.id for pair in held_out} & {pair.id for pair in pairs}
     output = capsys.readouterr().out
+    assert "pairs of 'validation' by ratings" in output
     assert f"{metrics['ties']}" in output
     assert "all responses are worth the same" in output
     assert max(len(line) for line in output.splitlines() if "wrote" not in line) <= 100
 
 
 def test_a_preference_is_taken_as_it_is(run: Run, tmp_path: Path) -> None:
-    metrics = run("data=world", "data.groups=30", "by=preference")["metrics"]
+    metrics = run("data=world", "data.groups=30", "by=preference")["metrics"]["train"]
     source = WorldSource(groups=30, seed=0, validation_groups=1)
     strengths = {g.id: g.preference_strength for g in read_all(source, "train")}
     pairs = read_back(tmp_path)
@@ -101,8 +105,10 @@ def sampled(n: int) -> list[Group]:
 
 def test_scored_samples_keep_their_ids_and_log_probabilities(run: Run, tmp_path: Path) -> None:
     write_groups(tmp_path / "samples.jsonl", sampled(4), ())
-    overrides = ["data=groups", f"data.path={tmp_path / 'samples.jsonl'}", "by=scores"]
-    metrics = run(*overrides, "weights=helpsteer2_rlhf", "min_gap=1.2")["metrics"]
+    path = tmp_path / "samples.jsonl"
+    overrides = ["data=groups", f"data.path={path}", "by=scores", "splits=[train]"]
+    result = run(*overrides, "weights=helpsteer2_rlhf", "min_gap=1.2")
+    metrics = result["metrics"]["train"]
     assert metrics["pairs"] == 4
     for group, pair in zip(sampled(4), read_back(tmp_path), strict=True):
         assert pair.responses == ("answer 0", "answer 2")
@@ -122,13 +128,13 @@ def test_what_cannot_be_paired_leaves_the_older_pairs_as_they_were(
 ) -> None:
     path = tmp_path / "samples.jsonl"
     write_groups(path, sampled(2), ())
-    overrides = ["data=groups", f"data.path={path}", "by=scores"]
+    overrides = ["data=groups", f"data.path={path}", "splits=[train]", "by=scores"]
     run(*overrides)
     kept = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError, match="'helpfulness_only' need helpfulness, but the ratings"):
-        run(*overrides[:2], "by=ratings")
+        run(*overrides[:3], "by=ratings")
     with pytest.raises(UserError, match=r"no pair is left.*2 ratings, scores or preference miss"):
-        run(*overrides[:2], "by=preference")
+        run(*overrides[:3], "by=preference")
     path.write_text(path.read_text() + "{}\n")
     with pytest.raises(DataError):
         run(*overrides)
@@ -140,12 +146,26 @@ def test_a_full_disk_is_told_and_leaves_the_older_pairs(
 ) -> None:
     run("data=world", "data.groups=20")
     kept = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    message = r"cannot write .*groups\.jsonl: .*; make room"
+    message = r"cannot write .*train\.jsonl: .*; make room"
     with largest_file(10_000), pytest.raises(UserError, match=message):
         run("data=world", "data.groups=40")
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == kept
     result = run("data=world", "data.groups=40")
-    assert len(read_back(tmp_path)) == result["metrics"]["pairs"]
+    assert len(read_back(tmp_path)) == result["metrics"]["train"]["pairs"]
+
+
+def test_no_split_of_other_settings_stays_beside_new_pairs(run: Run, tmp_path: Path) -> None:
+    overrides = ["data=world", "data.groups=20", "data.validation_groups=20"]
+    run(*overrides)
+    kept = (tmp_path / "run" / "train.jsonl").read_bytes()
+    # Of one split nothing is left: the other one, whole by then, is not put in place either.
+    with pytest.raises(UserError, match="no pair is left of the split 'validation'"):
+        run("data=world", "data.groups=40", "data.validation_groups=1", "min_gap=3.9")
+    assert (tmp_path / "run" / "train.jsonl").read_bytes() == kept
+    run(*overrides, "splits=[train]", "min_gap=1")
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.jsonl")) == ["train.jsonl"]
+    with pytest.raises(UserError, match="splits is empty"):
+        run(*overrides, "splits=[]")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +174,7 @@ def test_a_full_disk_is_told_and_leaves_the_older_pairs(
         ("by=rating", "did you mean ratings"),
         ("min_gap=high", "min_gap: expected float"),
         ("weights=helpfulnes_only", "weights"),
-        ("splitt=train", "split"),
+        ("split=train", "did you mean splits"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_read(override: str, message: str) -> None:

@@ -209,6 +209,53 @@ def test_a_model_of_the_wrong_kind_is_told_at_once(tmp_path: Path) -> None:
     assert "stage annotate_1: needs a reward model, but stage reward_model trains a policy" in text
 
 
+def test_a_selection_needs_exports_to_choose_among(tmp_path: Path) -> None:
+    select = {"metric": "ratings/x"}
+    text = mistakes(DPO(policy="some/policy", select=select), tmp_path)
+    assert text.startswith("stage select: reads the exports of stage dpo, which keeps none: ")
+    assert "+pipeline.train.schedule.export_every=STEPS" in text
+    own = tmp_path / "own" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(
+        "# @package _global_\ndefaults:\n  - override /module: dpo\nschedule: {export_every: 25}\n"
+    )
+    commands = Commands(CONFIG_COMMANDS, ("-m", "helpsteer2"), extra_dir=str(own.parents[1]))
+    mine: dict[str, Any] = {"choose": {"experiment": "mine"}}
+    for train in (mine, {"schedule": {"export_every": 25}}):
+        chosen = DPO(policy="some/policy", select=select, train=train)
+        assert "select" in planned(chosen, tmp_path, commands)
+    none = DPO(policy="a/b", select=select, train={**mine, "schedule": {"export_every": None}})
+    with pytest.raises(ConfigError, match="stage dpo, which keeps none"):
+        planned(none, tmp_path, commands)
+
+
+def test_numbers_that_no_stage_could_use_are_told_together(tmp_path: Path) -> None:
+    wrong = IterativeDPO(
+        **GIVEN | {"train": {"choose": {"module": "dpo_smoothed"},
+                            "module": {"loss": {"label_smoothing": 0.6}}}},
+        pairs={"min_gap": -1.0},
+        sample={"max_prompts": 0, "sampling": {"n": 10, "temperature": 0.0, "top_p": 1.5}},
+    )  # fmt: skip
+    text = mistakes(wrong, tmp_path)
+    for stage, key in {
+        "pairs": "min_gap",
+        "dpo": "module.loss.label_smoothing",
+        "sample_1": "sampling.n",
+        "dpo_1": "module.loss.label_smoothing",
+    }.items():
+        assert f"  {key}: " in text.partition(f"stage {stage}: ")[2].partition("stage ")[0]
+    for key in ("max_prompts", "sampling.top_p"):
+        assert f"  {key}: has to be " in text
+
+
+def test_where_stages_lie_changes_no_fingerprint(tmp_path: Path) -> None:
+    one, other = (
+        {name: stage.fingerprint for name, stage in planned(DPO(policy="a/b"), folder).items()}
+        for folder in (tmp_path / "one", tmp_path / "other")
+    )
+    assert one == other
+
+
 def test_an_experiment_may_choose_another_module(tmp_path: Path) -> None:
     own = tmp_path / "own" / "experiment" / "mine.yaml"
     own.parent.mkdir(parents=True)

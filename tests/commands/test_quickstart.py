@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from helpsteer2.commands.quickstart import policies_table
+from helpsteer2.commands.quickstart import policies_table, reward_tables
 
 PROGRAM = [sys.executable, "-m", "helpsteer2", "quickstart"]
 SMALL = [
-    "+pipeline.sft.data.groups=64",
+    "pipeline.sft.data.groups=64",
     "+pipeline.sft.data.validation_groups=8",
     "+pipeline.sft.batching.max_steps=3",
     "pipeline.reward.data.groups=64",
@@ -36,7 +37,16 @@ def interval(value: float | None) -> dict[str, float | None]:
     return {"value": value, "low": value - 0.1, "high": value + 0.1}
 
 
-def test_the_table_has_every_policy_and_what_is_best() -> None:
+def shown(table: Table) -> list[list[str]]:
+    """The words of every line of a table."""
+    console = Console(width=100, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 100
+    return [line.split() for line in text.splitlines()]
+
+
+def test_the_policies_table_has_every_policy_and_what_is_best() -> None:
     def result(score: float, closed: float | None, kl: float) -> dict[str, Any]:
         figures = {
             "sampled": interval(score),
@@ -53,12 +63,7 @@ def test_the_table_has_every_policy_and_what_is_best() -> None:
             "weightings": {"helpsteer2_rlhf": figures},
         }
 
-    results = {"SFT": result(2.0, None, 0.0), "DPO": result(2.5, 0.25, 3.5)}
-    console = Console(width=100, file=io.StringIO())
-    console.print(policies_table(results))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, text.splitlines())) <= 100
-    rows = [line.split() for line in text.splitlines()]
+    rows = shown(policies_table({"SFT": result(2.0, None, 0.0), "DPO": result(2.5, 0.25, 3.5)}))
     assert ["SFT", "2.00", "[1.90,", "2.10]", "12.3"] in rows
     assert any(row[:5] == ["best", "of", "10,", "SFT", "3.25"] for row in rows)
     (dpo,) = (row for row in rows if row[:1] == ["DPO"])
@@ -66,6 +71,42 @@ def test_the_table_has_every_policy_and_what_is_best() -> None:
         "2.50", "[2.40,", "2.60]", "25%", "[15%,", "35%]", "3.5", "[3.4,", "3.6]", "12.3",
     ]  # fmt: skip
     assert any(row[:4] == ["the", "best", "answers", "4.00"] for row in rows)
+
+
+def predictor(mse: float, pearson: float | None, right: float) -> dict[str, Any]:
+    return {
+        "mse": interval(mse),
+        "pearson": interval(pearson),
+        "pairs": {"accuracy": interval(right)},
+    }
+
+
+def test_the_reward_model_stands_beside_simple_predictors() -> None:
+    predictors = {
+        "model": predictor(0.25, 0.875, 0.9),
+        "mean": predictor(1.0, None, 0.5),
+        "length": predictor(0.9, 0.1, 0.55),
+    }
+    subsets = {
+        "strength 1": {"prompts": 3, "accuracy": interval(1 / 3)},
+        "strength 2": {"prompts": 5, "accuracy": interval(0.8)},
+        "strength 3": {"prompts": 0, "accuracy": interval(None)},
+    }
+    preferences = {"accuracy": interval(0.625), "subsets": subsets}
+    metrics: dict[str, Any] = {
+        "ratings": {"responses": 12, "attributes": {"helpfulness": {"predictors": predictors}}},
+        "preferences": {"weightings": {"uniform": {}, "own_reward": preferences}},
+    }
+    ratings, compared = map(shown, reward_tables(metrics))
+    assert ["helpfulness", "0.25", "1.00", "0.88", "90%", "55%"] in ratings
+    for row in ("strength 1 3 33%", "strength 2 5 80%", "strength 3 0 –", "all 8 62%"):
+        assert row.split() in compared
+
+    # One score is no rating, and a model without weights of its own gets those of the policies.
+    metrics["ratings"]["attributes"] = {"reward": {"outputs": {}}}
+    metrics["preferences"]["weightings"] = {"helpsteer2_rlhf": preferences}
+    (compared,) = map(shown, reward_tables(metrics))
+    assert ["all", "8", "62%"] in compared
 
 
 @pytest.mark.slow
@@ -79,15 +120,32 @@ def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: 
     record = json.loads((run_dir / "evaluation" / "result.json").read_text(encoding="utf-8"))
     results = [metrics["world_policy"] for metrics in record["metrics"].values()]
     assert len(results) == 3
-    assert (run_dir / "evaluation" / "plots" / "world_policy_ratings.png").is_file()
     rows = [line.strip() for line in ran.stdout.splitlines()]
-    shown = ("SFT ", "DPO on pairs ", "iteration 1 ")
-    for name, result in zip(shown, results, strict=True):
+    policies = ("SFT ", "DPO on pairs ", "iteration 1 ")
+    for name, result in zip(policies, results, strict=True):
         (row,) = (line for line in rows if line.startswith(name))
         figures = result["weightings"]["helpsteer2_rlhf"]
         assert f"{figures['sampled']['value']:.2f} [" in row
-        assert name == shown[0] or f"{result['kl']['value']:.1f} [" in row
+        assert name == policies[0] or f"{result['kl']['value']:.1f} [" in row
     assert any(line.startswith("the best answers  ") and "4.00" in line for line in rows)
+
+    # The reward model by the oracle, which the annotators whom it learned from are not.
+    record = json.loads((run_dir / "evaluation_of_rewards" / "result.json").read_text("utf-8"))
+    judged = record["metrics"]
+    assert f"{judged['ratings']['responses']} responses, rated" in ran.stdout
+    trained = json.loads(next(run_dir.glob("stages/reward_model-*/result.json")).read_text("utf-8"))
+    for evaluator in record["config"]["evaluators"].values():  # its checkpoint was chosen on others
+        assert evaluator["data"]["seed"] != trained["config"]["data"]["seed"]
+    for name, figures in judged["ratings"]["attributes"].items():
+        (row,) = (line for line in rows if line.startswith(f"{name} ") and "%" in line)
+        assert f" {figures['predictors']['model']['mse']['value']:.2f} " in row
+    total = ["all", str(judged["preferences"]["pairs"])]
+    assert total in [line.split()[:2] for line in rows]
+    told = ran.stdout.split("answers and plots:\n")[1].split("\n\nNext:")[0]
+    pictures = {
+        path.name for line in told.splitlines() for path in Path(line.strip()).rglob("*.png")
+    }
+    assert pictures >= {"scatter.png", "world_policy_ratings.png"}
 
     # The first thing it tells to try works when pasted into a shell.
     example = ran.stdout.split("Next:\n")[1].split("\n  python -m helpsteer2 sample")[0]
@@ -103,7 +161,7 @@ def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    names = (*shown, "best of", "the best answers")
+    names = (*policies, *judged["ratings"]["attributes"], "all", "best of", "the best answers")
     tables = [
         [line for line in told.splitlines() if line.strip().startswith(names)]
         for told in (ran.stdout, again.stdout)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -196,3 +199,26 @@ def test_a_folder_without_weights_and_a_broken_policy_are_refused(
     (tmp_path / "broken/model.safetensors").unlink()
     with pytest.raises(UserError, match="is no model folder: it has no safetensors"):
         run(f"model={tmp_path / 'broken'}")
+
+
+@pytest.mark.slow
+def test_pairs_reference_and_training_fit_together(policies: list[Path], tmp_path: Path) -> None:
+    lengths = ["lengths.max_prompt_tokens=600", "lengths.max_response_tokens=400"]
+    pairs = ["data=groups", f"data.path={tmp_path / 'pairs'}", f"cache_dir={tmp_path / 'cache'}"]
+    chain = {
+        "pairs": ["data=world", "data.groups=24", "data.validation_groups=12"],
+        "reference": [f"model={policies[0]}", *pairs, *lengths],
+        "train": [
+            "module=dpo", "backbone=local", f"backbone.path={policies[0]}", *pairs, *lengths,
+            f"reference={tmp_path / 'reference' / 'reference'}", "trainer=cpu",
+            "batching.global_batch=4", "batching.max_steps=2", "schedule.validate_every=1",
+        ],
+    }  # fmt: skip
+    for name, overrides in chain.items():
+        command = [sys.executable, "-m", "helpsteer2", name, f"run_dir={tmp_path / name}"]
+        ran = subprocess.run([*command, *overrides], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = list(csv.DictReader((tmp_path / "train" / "metrics.csv").open()))
+    first = next(row["value"] for row in rows if row["metric"] == "train/loss")
+    assert float(first) == pytest.approx(math.log(2), abs=1e-5)
+    assert (tmp_path / "train" / "export" / "model.safetensors").is_file()

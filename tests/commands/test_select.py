@@ -43,7 +43,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that were evaluated; a model's value is what its weights say."""
     names: list[str] = []
 
-    def evaluate(run_dir: str, seed: int, model: str, *rest: Any) -> float:
+    def evaluate(run_dir: str, seed: int, model: str, *rest: Any, **more: Any) -> float:
         names.append(Path(model).name)
         value = float((Path(model) / "model.safetensors").read_text())
         metrics = {"fake": {"split": "validation", "score": {"value": value}}}
@@ -129,6 +129,16 @@ def test_the_metric_begins_with_an_evaluator(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begin with the name of an evaluator: fake"):
         select(
             str(tmp_path), 1, "x", "other/value", "max", {"fake": None},  # type: ignore[dict-item]
+            {}, None, "float32", "auto", 100,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_a_figure_that_is_not_there_is_told_of_metric(
+    tmp_path: Path, run: Path, evaluated: list[str]
+) -> None:
+    with pytest.raises(UserError, match=r"^metric: there is no figure .*mean fake/score/value"):
+        select(
+            str(tmp_path), 1, str(run), "fake/scroe/value", "max", {"fake": None},  # type: ignore[dict-item]
             {}, None, "float32", "auto", 100,  # type: ignore[arg-type]
         )  # fmt: skip
 

@@ -258,7 +258,7 @@ def test_models_of_others_need_a_chat_template(base: Path) -> None:
 
 
 def test_going_on_with_another_system_prompt_is_refused(
-    make_trained: MakeTrained, tmp_path: Path
+    make_trained: MakeTrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = make_trained(chat=ChatFormat(system_prompt="Be brief."))
     backbone = Backbone(PretrainedTokenizer(str(folder)), path=str(folder))
@@ -271,3 +271,7 @@ def test_going_on_with_another_system_prompt_is_refused(
     for other in (None, "Be kind."):
         with pytest.raises(UserError, match=r"prompt 'Be brief\.', and chat\.system_prompt is"):
             bound(other)
+    # Weights from scratch go on from nothing, whatever the folder around them holds.
+    monkeypatch.chdir(folder)
+    backbone = Backbone(PretrainedTokenizer(str(folder)), init="random", config={})
+    assert bound("Be kind.").system_prompt == "Be kind."

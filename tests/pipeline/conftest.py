@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from hydra.core.global_hydra import GlobalHydra
 import helpsteer2.commands.pipeline as pipeline_command
 from helpsteer2.commands import CONFIG_COMMANDS
 from helpsteer2.commands.launch import launch
+from helpsteer2.pipeline import contents as contents_module
 from helpsteer2.pipeline.plan import Commands
+from helpsteer2.pipeline.stages import Pipeline
 from tests.pipeline import recipe, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +44,17 @@ class Place:
     def data(self) -> Path:
         return self.folder / "data.txt"
 
-    def run(self, seed: int = 1, dry_run: bool = False, **of_recipe: Any) -> float | None:
+    def run(
+        self,
+        seed: int = 1,
+        dry_run: bool = False,
+        kind: Callable[..., Pipeline] = recipe.Recipe,
+        **of_recipe: Any,
+    ) -> float | None:
         """Run the pipeline in this process, its stages in theirs."""
         given = {"data": str(self.data)} | of_recipe
         return pipeline_command.pipeline(
-            str(self.folder / "run"), seed, recipe.Recipe(**given), str(self.stages_dir), dry_run
+            str(self.folder / "run"), seed, kind(**given), str(self.stages_dir), dry_run
         )
 
     def arguments(self, *overrides: str) -> list[str]:
@@ -115,3 +123,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     # Hydra's logging holds the captured output.
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
+
+
+@pytest.fixture
+def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every file whose content is read to be hashed, also one that has just been written."""
+    names: list[str] = []
+    real = contents_module._digest
+
+    def counted(name: str) -> str:
+        names.append(name)
+        return real(name)
+
+    monkeypatch.setattr(contents_module, "_SETTLED_NS", 0)
+    monkeypatch.setattr(contents_module, "_digest", counted)
+    return names

@@ -55,6 +55,27 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Two models of which one never comes out the same, and what is weighed of both."""
+
+    data: str
+    is_read_again: bool = False
+
+    def stages(self, seed: int) -> Sequence[Stage]:
+        """Three stages, or four: the last one reads the second model again."""
+        noisy = Output("noisy", "export")
+        again = Stage("again", "learn", {"data": noisy})
+        return (
+            Stage("steady", "learn", {"data": self.data, "seed": seed}),
+            Stage("noisy", "learn", {"data": self.data, "behaviour": "noisy"}),
+            Stage("both", "weigh", {
+                "model": Output("steady", "groups.jsonl"), "weights": {"a": 1.0}, "extra": [noisy],
+            }),
+            *([again] if self.is_read_again else []),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class UpToScoredPairs(IterativeDPO):
     """Iterative DPO without what follows the scored pairs: the same kinds of stages once more."""
 

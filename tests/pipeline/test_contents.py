@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from helpsteer2.errors import UserError
-from helpsteer2.pipeline import contents as contents_module
 from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.fingerprint import CONTENT, changes, dependencies, fingerprint_of
 
@@ -36,20 +35,9 @@ def test_a_folder_is_known_by_its_files(tmp_path: Path, contents: Contents) -> N
         assert contents.of_path(tmp_path / "b") not in (before, digest)
 
 
-def test_an_unchanged_file_is_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unchanged_file_is_not_read_again(tmp_path: Path, hashed_files: list[str]) -> None:
     file, memory = tmp_path / "big", tmp_path / "contents.json"
     file.write_text("one")
-    monkeypatch.setattr(contents_module, "_SETTLED_NS", 0)
-    read: list[str] = []
-    real = contents_module._digest
-
-    def counted(name: str) -> str:
-        read.append(name)
-        return real(name)
-
-    monkeypatch.setattr(contents_module, "_digest", counted)
 
     def digest() -> str:
         time.sleep(0.01)
@@ -59,7 +47,7 @@ def test_an_unchanged_file_is_not_read_again(
         return value
 
     assert digest() == digest()
-    assert len(read) == 1
+    assert len(hashed_files) == 1
     # Same size, and the time of the change put back.
     times = file.stat()
     before = digest()
@@ -72,8 +60,22 @@ def test_an_unchanged_file_is_not_read_again(
         Contents(memory).of_file(tmp_path / "missing")
 
 
+def test_a_file_is_read_once_in_a_process(
+    tmp_path: Path, contents: Contents, hashed_files: list[str]
+) -> None:
+    file = tmp_path / "big"
+    file.write_text("one")
+    time.sleep(0.01)
+    assert len({contents.of_file(file) for _ in range(3)}) == 1
+    assert len(hashed_files) == 1
+    # What is remembered of a folder that nothing has run in does not make it.
+    contents.save()
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_file_that_just_changed_is_read_again(tmp_path: Path, contents: Contents) -> None:
     file = tmp_path / "file"
+    (tmp_path / "memory").mkdir()
     digests = set()
     for text in "abcdefgh":
         file.write_text(text)

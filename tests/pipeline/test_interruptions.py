@@ -120,8 +120,17 @@ def test_two_pipelines_run_a_stage_once(place: Place) -> None:
     assert any("is at it, waiting for its end" in text for text in texts)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_reaches_the_stage(place: Place, number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "understood"),
+    [
+        (signal.SIGINT, 130, "SIGINT"),
+        (signal.SIGTERM, 143, "SIGTERM"),
+        # Torchrun and commands do not know both of these.
+        (signal.SIGHUP, 129, "SIGTERM"),
+        (signal.SIGUSR1, 138, "SIGTERM"),
+    ],
+)
+def test_a_signal_reaches_the_stage(place: Place, number: int, code: int, understood: str) -> None:
     place.hold.touch()
     process = place.start()
     wait_for(lambda: progress(place), process)
@@ -134,6 +143,7 @@ def test_a_signal_reaches_the_stage(place: Place, number: int, code: int) -> Non
     assert stages
     assert not any(Path(f"/proc/{stage}").exists() for stage in stages)
     assert place.manifest()[0]["status"] == "running"
+    assert (place.stage("first") / "stage.log").read_text().endswith(f"stopped by {understood}\n")
 
 
 def test_a_terminal_shows_what_stages_print(place: Place) -> None:
@@ -146,4 +156,19 @@ def test_a_terminal_shows_what_stages_print(place: Place) -> None:
     assert shown.count("learning from") == 2
     assert "[3/3] third: done in" in shown
     log = (place.stage("first") / "stage.log").read_text()
-    assert log.strip() == f"learning from {place.data}"
+    assert log.splitlines() == [f"learning from {place.data}", "learned"]
+
+
+def test_a_terminal_that_goes_away_stops_no_stage(place: Place) -> None:
+    place.hold.touch()
+    ours, theirs = pty.openpty()
+    process = place.start(stdout=theirs)
+    os.close(theirs)
+    wait_for(lambda: progress(place), process)
+    os.close(ours)
+    place.hold.unlink()
+    process.wait(100)
+    assert [entry["status"] for entry in place.manifest()] == ["run"] * 3
+    for name in ("first", "second"):
+        assert (place.stage(name) / "stage.log").read_text().endswith("learned\n")
+    assert (place.folder / "run" / "result.json").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpsteer2.errors import ConfigError, UserError
+from tests.pipeline import recipe
 from tests.pipeline.conftest import Place
 
 SWEEP = ("-m", "+pipeline.weights={helpfulness: 1.0},{helpfulness: 0.5}")
@@ -153,13 +154,10 @@ def test_an_edited_output_is_named(place: Place) -> None:
 
 def test_a_record_of_times_and_versions_is_no_output(place: Place) -> None:
     place.run()
-    # As the stage's own command line writes it, run once more by hand; and one of an older version.
+    # As the stage's own command line writes it, run once more by hand.
     folder = place.stage("third")
     result = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps({**result, "wall_seconds": 12.5}))
-    record = json.loads((folder / "stage.json").read_text())
-    record["outputs"]["result.json"] = "hash of its first content"
-    (folder / "stage.json").write_text(json.dumps(record))
     place.run()
     assert place.starts().total() == 3
     with pytest.raises(ConfigError, match=r"'result\.json' is no output of a stage"):
@@ -204,6 +202,30 @@ def test_deleted_intermediate_stages_are_not_made_again(place: Place) -> None:
     assert place.starts().total() == 7
 
 
+def test_what_was_not_needed_is_made_if_another_stage_comes_out_differently(place: Place) -> None:
+    place.run(kind=recipe.Apart)
+    weighed = place.stage("both")
+    for name in ("steady", "noisy"):
+        shutil.rmtree(place.stage(name))
+    # At first only the noisy model is wanted; then what was weighed of it is out of date.
+    for status in ("run", "skipped"):
+        place.run(kind=recipe.Apart, is_read_again=True)
+        assert [entry["status"] for entry in place.manifest()] == [status] * 4
+        starts = {name.partition("-")[0]: count for name, count in place.starts().items()}
+        assert starts == {"steady": 2, "noisy": 2, "both": 2, "again": 1}
+    assert weighed.with_name(f"{weighed.name}.old1").is_dir()
+
+
+def test_no_file_is_hashed_twice(place: Place, hashed_files: list[str]) -> None:
+    place.stages_dir.mkdir()
+    place.run(dry_run=True)
+    assert hashed_files == [str(place.data)]
+    place.run()
+    place.run(dry_run=True)
+    place.run()
+    assert len(hashed_files) == len(set(hashed_files)) > 1
+
+
 def test_a_damaged_record_is_named(place: Place) -> None:
     place.run()
     record = place.stage("second") / "stage.json"
@@ -214,8 +236,20 @@ def test_a_damaged_record_is_named(place: Place) -> None:
 
 def test_an_unwritable_folder_is_named(place: Place) -> None:
     place.stages_dir.write_text("a file is in the way")
-    with pytest.raises(UserError, match=r"cannot write .*stages"):
-        place.run()
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError) as caught:
+            place.run(dry_run=dry_run)
+        assert str(caught.value) == f"stages_dir: {place.stages_dir} is a file, not a folder"
+
+
+def test_what_lies_in_the_working_directory_is_in_nobodys_way(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = place.folder / "here"
+    here.mkdir()
+    (here / "run").write_text("a file of the user")
+    monkeypatch.chdir(here)
+    place.run(dry_run=True)
 
 
 def test_a_full_disk_is_told_and_can_be_mended(

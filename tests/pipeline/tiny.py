@@ -11,10 +11,12 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 import yaml
@@ -47,7 +49,7 @@ def learn(
     steps: int = 3,
     rate: float = 0.1,
     seconds: float = 0.0,
-    behaviour: Literal["good", "fails", "silent"] = "good",
+    behaviour: Literal["good", "fails", "silent", "noisy"] = "good",
 ) -> None:
     """Digest a file into ``export`` and ``groups.jsonl``, a step at a time."""
     folder = _started(run_dir)
@@ -62,10 +64,12 @@ def learn(
         time.sleep(seconds)
         while step == 1 and Path(os.environ[STARTS] + HOLD).exists():
             time.sleep(0.02)
-        previous = done[-1] if done else "start"
+        start = os.urandom(8).hex() if behaviour == "noisy" else "start"
+        previous = done[-1] if done else start
         whole = f"{text} {seed} {rate} {step} {previous}"
         done.append(hashlib.sha256(whole.encode()).hexdigest())
         _write(progress, " ".join(done))
+    print("learned", flush=True)
     if behaviour == "silent":
         return
     (folder / "export").mkdir(exist_ok=True)
@@ -87,6 +91,8 @@ def weigh(
 def _started(run_dir: str) -> Path:
     """The stage's folder; nobody else may be at work in it."""
     folder = Path(run_dir)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, _stop)
     # Open, and so locked, as long as this process lives. Its number would tell less: that of a
     # killed orphan stays in /proc until init has asked for it, for two seconds on some machines.
     lock = os.open(folder / "process", os.O_CREAT | os.O_WRONLY)
@@ -97,6 +103,12 @@ def _started(run_dir: str) -> Path:
     with open(os.environ[STARTS], "a", encoding="utf-8") as file:
         file.write(f"{folder.name}\n")
     return folder
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Say which signal came, and end as commands do."""
+    print(f"stopped by {signal.Signals(number).name}", flush=True)
+    sys.exit(128 + number)
 
 
 def _write(path: Path, text: str) -> None:

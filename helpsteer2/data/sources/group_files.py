@@ -33,16 +33,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from helpsteer2.data.checks import RowCheck, check_columns, did_you_mean, shown
 from helpsteer2.data.groups import Group, Report
-from helpsteer2.data.rows import (
-    SPLITS,
-    SUFFIXES,
-    Part,
-    Row,
-    find_files,
-    local_path,
-    read_part,
-    split_of,
-)
+from helpsteer2.data.rows import SUFFIXES, Row, first_part, read_part
 from helpsteer2.data.sources.base import MAX_CHARACTERS, RowSource, place
 from helpsteer2.data.sources.group_rows import (
     group_row,
@@ -52,7 +43,7 @@ from helpsteer2.data.sources.group_rows import (
     parquet_schema,
     sampled_columns,
 )
-from helpsteer2.errors import DataError, UserError
+from helpsteer2.errors import UserError
 from helpsteer2.records import write_atomic
 
 _Cell = TypeVar("_Cell")
@@ -82,24 +73,11 @@ class GroupFiles(RowSource):
     @cached_property
     def attribute_names(self) -> tuple[str, ...]:
         """Names of the attributes of the first rated row; none if no row is rated."""
-        for row in read_part(self.path, self._first_part(), lambda problem: None):
+        for row in read_part(self.path, first_part(self.path), lambda problem: None):
             rated = (row.values or {}).get("attributes")
             if isinstance(rated, list) and rated and isinstance(rated[0], dict):
                 return tuple(rated[0])
         return ()
-
-    def _first_part(self) -> Part:
-        """The table whose first rated row names the attributes."""
-        local = local_path(self.path)
-        if local is not None and local.is_file():
-            return Part(split_of(local), split_of(local))
-        for split in SPLITS:
-            try:
-                if local is None or find_files(local, Part(split, split)):
-                    return Part(split, split)
-            except DataError:
-                continue
-        return Part("train", "train")
 
     def groups(self, rows: Iterable[Row], split: str, report: Report) -> Iterator[Group]:
         """One group a row, refusing an id that was there before."""
