@@ -77,7 +77,7 @@ def annotate(
     """
     started, start = datetime.now(timezone.utc), time.monotonic()
     folder, console = RunFolder(run_dir), Console()
-    with folder.locked():
+    with folder.locked("annotate"):
         sizes = [len(group.responses) for group in read_all(data, split)]
         scorer = rewarder()
         names, fingerprint = scorer.attribute_names, data.fingerprint(split)

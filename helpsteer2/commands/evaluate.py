@@ -99,7 +99,7 @@ def evaluate(
     evaluation = _Evaluation(
         evaluators, tuple(weightings.values()), seed, load, settings, folder.path
     )
-    with folder.locked():
+    with folder.locked("evaluate"):
         if isinstance(model, str):
             record = evaluation.of(model, folder.path / "scores")
             evaluation.draw({"policy": record["metrics"]})
@@ -248,7 +248,7 @@ def _check_kind(path: str, kind: ModelKind, evaluators: Mapping[str, Evaluator])
         "policy": (SPEC_FILE, "reward model", "ratings"),
     }
     file, found, instead = other[kind]
-    if (Path(path) / file).is_file():
+    if (Path(path).expanduser() / file).is_file():
         raise UserError(
             f"model={path} is a {found}, but {', '.join(evaluators)} takes a {kind}: give one, or "
             f"choose other evaluators, evaluator=[{instead}] for example"

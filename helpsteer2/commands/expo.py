@@ -65,7 +65,7 @@ def expo(
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    with folder.locked():
+    with folder.locked("expo"):
         parents = open_parents(weak, strong)
         found = None
         if alpha == "search":

@@ -76,7 +76,7 @@ def pairs(
         if not of.pairs:
             raise UserError(f"no pair is left of the split {split!r}: {_told(of)}")
 
-    with folder.locked():
+    with folder.locked("pairs"):
         _write(folder.path, {split: made(split) for split in splits}, data.attribute_names)
         folder.write_result(
             {

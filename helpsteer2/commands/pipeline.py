@@ -92,7 +92,7 @@ def pipeline(
         name = type(pipeline).__name__
         write_json_atomic(manifest, {"pipeline": name, "seed": seed, "stages": entries})
 
-    with folder.locked(), StageProcess() as process:
+    with folder.locked("pipeline"), StageProcess() as process:
         entries = Runner(stages, contents, process, console, write_manifest).run()
         write_manifest(entries)
         metrics = _metrics(stages)

@@ -85,7 +85,7 @@ def reference(
         raise UserError("splits is empty: name at least one, splits=[train] for example")
     folder, console = RunFolder(run_dir), Console()
     place = folder.path / "reference"
-    with folder.locked():
+    with folder.locked("reference"):
         # As training makes them, so that they are the same ids.
         bound = PolicyStart().chat(chat, Backbone(tokenizer, model), lambda: iter(()), cache_dir)
         close_cut = PolicyStart.closes_cut_responses

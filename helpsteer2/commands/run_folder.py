@@ -58,11 +58,15 @@ class RunFolder:
         self.bad_batch = self.path / "bad_batch"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, command: str | None = None) -> Iterator[None]:
         """Keep other processes out, as long as this one lives or until the end of the block.
 
+        Args:
+            command: Command whose record the folder is for; None writes no record.
+
         Raises:
-            UserError: If another process has it (its number is named), or it cannot be written.
+            UserError: If another process has it (its number is named), it holds the record of
+                another command, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,17 @@ class RunFolder:
             raise UserError(f"run_dir={self.path} cannot be written: {reason(error)}") from error
         with file:
             self._lock(file)
+            self._refuse_record_of_another(command)
             yield
+
+    def _refuse_record_of_another(self, command: str | None) -> None:
+        """Writing over it would lose what a model or a data set was made of."""
+        made_by = (self.result() or {}).get("kind", command)
+        if command is not None and made_by != command:
+            raise UserError(
+                f"run_dir={self.path} holds the result of `helpsteer2 {made_by}`: choose another "
+                "run_dir"
+            )
 
     def _lock(self, file: FileIO) -> None:
         # A lock of the process: workers it forks do not keep it alive, as they would with flock.

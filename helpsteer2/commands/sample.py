@@ -63,7 +63,7 @@ def sample(
     started, console = datetime.now(timezone.utc), Console()
     folder = RunFolder(run_dir)
     partial = folder.path / PARTIAL_FILE
-    with folder.locked():
+    with folder.locked("sample"):
         known = {"path": model, "hash": model_key(model)}
         settings = {
             "model": known,

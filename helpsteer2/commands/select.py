@@ -92,7 +92,7 @@ def select(
         assert record is not None, "an evaluation writes its result"
         return find_metric(record["metrics"], metric, key="metric")
 
-    with folder.locked():
+    with folder.locked("select"):
         memory = _Memory.of(folder.path, config)
         values = {name: memory.value(name, path, evaluated) for name, path in models.items()}
         memory.contents.save()

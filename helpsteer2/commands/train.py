@@ -159,7 +159,7 @@ class _Run:
             try:
                 trainer = make_trainer(self.make_trainer, self.folder.path, self.validates)
                 if trainer.is_global_zero:
-                    stack.enter_context(self.folder.locked())
+                    stack.enter_context(self.folder.locked("train"))
                     stack.enter_context(self.folder.logging(self.console))
                 return self._execute(trainer, stop, started)
             except StopRequested as stopped:

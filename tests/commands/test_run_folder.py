@@ -1,4 +1,4 @@
-"""A run's folder on a full disk: the lock says what is wrong, and the log ends no run."""
+"""A run's folder: of one command, and on a full disk as good as it can be."""
 
 from __future__ import annotations
 
@@ -41,3 +41,14 @@ def test_a_log_on_a_full_disk_leaves_what_a_run_ends_with_as_it_is(
     with pytest.raises(UserError, match="what the run says"):
         run()
     assert "hello" in (tmp_path / "run.log").read_text()
+
+
+def test_a_command_does_not_write_over_what_another_has_made(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked("train"):
+        folder.write_result({"kind": "train"})
+    message = r"run holds the result of `helpsteer2 train`: choose another run_dir"
+    with pytest.raises(UserError, match=message), folder.locked("pairs"):
+        pytest.fail("pairs could write its record there")
+    with folder.locked("train"):  # it may go on, or be done again
+        assert folder.result() == {"kind": "train"}

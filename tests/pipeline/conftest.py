@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,11 @@ from helpsteer2.pipeline.stages import Pipeline
 from tests.pipeline import recipe, tiny
 
 ROOT = Path(__file__).parents[2]
+
+
+def hear_hang_ups() -> None:
+    """Tests that run under nohup would hand on that a hang-up is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Place:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.pipeline.recipe", "pipeline",
              *self.arguments(*overrides)],
-            cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True, preexec_fn=hear_hang_ups,
         )  # fmt: skip
 
     @property
