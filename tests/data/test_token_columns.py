@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sample_tokenizers as sample
+from given_groups import GivenGroups
 
 from helpsteer2.data.chat import ChatFormat
-from helpsteer2.data.groups import Group, Message, Report
+from helpsteer2.data.groups import Group, Message
 from helpsteer2.data.lengths import CutReport, LengthLimits
 from helpsteer2.data.packing import pack
 from helpsteer2.data.token_store import TokenisedGroups
@@ -19,18 +19,6 @@ from helpsteer2.data.tokenise import encode_group, tokenise
 
 LIMITS = LengthLimits(140, 12)
 CHAT = ChatFormat().bind(sample.llama3_like())
-
-
-@dataclass(frozen=True)
-class Source:
-    groups: tuple[Group, ...]
-    attribute_names: tuple[str, ...] = ()
-
-    def read(self, split: str, report: Report) -> Iterator[Group]:
-        yield from self.groups
-
-    def fingerprint(self, split: str) -> str:
-        return str(hash(self.groups[0].responses))
 
 
 def group(i: int) -> Group:
@@ -62,7 +50,7 @@ GROUPS = tuple(group(i) for i in range(70))
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> TokenisedGroups:
     cache = tmp_path_factory.mktemp("cache")
-    return tokenise(Source(GROUPS), "train", CHAT, LIMITS, (), cache, close_cut=False)
+    return tokenise(GivenGroups(GROUPS), "train", CHAT, LIMITS, (), cache, close_cut=False)
 
 
 def test_every_column_comes_back(stored: TokenisedGroups) -> None:
@@ -92,7 +80,7 @@ def test_every_column_comes_back(stored: TokenisedGroups) -> None:
 def test_the_report_counts_where_ids_came_from(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stored = tokenise(Source(GROUPS), "train", CHAT, LIMITS, (), tmp_path, close_cut=False)
+    stored = tokenise(GivenGroups(GROUPS), "train", CHAT, LIMITS, (), tmp_path, close_cut=False)
     by_ids = [g for g in GROUPS if g.tokenizer == CHAT.ids_hash]
     foreign = [g for g in GROUPS if g.tokenizer == "another"]
     n = {name: sum(len(g.responses) for g in gs) for name, gs in (("own", by_ids), ("o", foreign))}
@@ -101,7 +89,7 @@ def test_the_report_counts_where_ids_came_from(
     assert stored.report["responses_of_other_ids"] == n["o"] > 0
     assert f"the sampled ids of {n['o']} of {stored.report['responses']} responses" in caplog.text
     caplog.clear()
-    tokenise(Source(GROUPS), "train", CHAT, LIMITS, (), tmp_path, close_cut=True)
+    tokenise(GivenGroups(GROUPS), "train", CHAT, LIMITS, (), tmp_path, close_cut=True)
     assert "sampled ids" not in caplog.text
 
 
@@ -109,7 +97,7 @@ def test_turns_that_cannot_be_learned_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     qwen = ChatFormat().bind(sample.qwen3_like())
-    stored = tokenise(Source(GROUPS), "train", qwen, LIMITS, (), tmp_path, close_cut=False)
+    stored = tokenise(GivenGroups(GROUPS), "train", qwen, LIMITS, (), tmp_path, close_cut=False)
     marked = sum(bool(m.get("train")) for g in GROUPS for m in g.prompt)
     found = stored.report["turns_not_trained"]
     assert 0 < found <= marked

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sample_tokenizers as sample
+from given_groups import GivenGroups
 
 from helpsteer2.data.chat import ChatFormat
-from helpsteer2.data.groups import Group, Message, Report
+from helpsteer2.data.groups import Group, Message
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.tokenise import tokenise
 
@@ -24,18 +23,6 @@ REFUSING = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-
-
-@dataclass(frozen=True)
-class Source:
-    groups: tuple[Group, ...]
-    attribute_names: tuple[str, ...] = ()
-
-    def read(self, split: str, report: Report) -> Iterator[Group]:
-        yield from self.groups
-
-    def fingerprint(self, split: str) -> str:
-        return str(hash(str(self.groups)))
 
 
 def conversation(i: int, train: bool) -> Group:
@@ -53,7 +40,9 @@ def test_marks_change_nothing_of_what_a_reward_model_is_trained_on(
 ) -> None:
     tokenizer = getattr(sample, family)()
     chat = ChatFormat("auto" if tokenizer.chat_template else "plain").bind(tokenizer)
-    sources = [Source(tuple(conversation(i, train) for i in range(50))) for train in (True, False)]
+    sources = [
+        GivenGroups(tuple(conversation(i, train) for i in range(50))) for train in (True, False)
+    ]
     marked, plain = (tokenise(one, "train", chat, LIMITS, (), tmp_path) for one in sources)
     assert marked.fingerprint != plain.fingerprint
     assert marked.report == plain.report
@@ -81,6 +70,6 @@ def test_groups_that_cannot_be_written_as_text_do_not_count_as_differing(
         for i in range(64)
     )  # fmt: skip
     with caplog.at_level("INFO", "helpsteer2.data.tokenise"):
-        stored = tokenise(Source(groups), "train", chat, LIMITS, (), tmp_path, close_cut=False)
+        stored = tokenise(GivenGroups(groups), "train", chat, LIMITS, (), tmp_path, close_cut=False)
     assert stored.report["boundaries_differing"] == 16
     assert "in 16 of the first 64 groups the ids differ" in caplog.text
