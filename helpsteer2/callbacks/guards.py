@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import fields
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -167,10 +166,8 @@ def write_bad_batch(path: Path, batches: list[Any]) -> None:
     tensors: dict[str, Tensor] = {}
     groups: list[list[int]] = []
     for i, batch in enumerate(batches):
-        for field in fields(batch):
-            value = getattr(batch, field.name)
-            if isinstance(value, Tensor):
-                tensors[f"{i}.{field.name}"] = value.detach().cpu().contiguous()
+        for name, value in batch.tensors().items():
+            tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
         groups.append(batch.group_indices.tolist())
     content = save(tensors, metadata={"group_indices": json.dumps(groups)})
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from helpsteer2.data.tokens import TokenGroup
+from helpsteer2.data.tokens import RolloutTokens, TokenGroup
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ class PackedBatch:
             unknown; a filler keeps them, they are no labels.
         group_indices: ``(G,)`` int64, position of each group in its data set.
         layout: The segment table on the host.
+        rollout: Of the response tokens, in the order of ``layout.response_tokens``; None outside
+            policy optimisation.
         filler: Whether it only keeps a rank in step with the others: its labels are all unknown.
     """
 
@@ -188,16 +190,28 @@ class PackedBatch:
     ref_logprobs: Tensor
     group_indices: Tensor
     layout: PackedLayout
+    rollout: RolloutTokens[Tensor] | None = None
     filler: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy every tensor to a device."""
-        moved: dict[str, Any] = {
-            column.name: value.to(device, non_blocking=non_blocking)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        columns: dict[str, Any] = {
+            column.name: moved(value)
             for column in fields(self)
             if isinstance(value := getattr(self, column.name), Tensor)
         }
-        return replace(self, **moved)
+        rollout = None if self.rollout is None else self.rollout.map(moved)
+        return replace(self, **columns, rollout=rollout)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        own = {column.name: getattr(self, column.name) for column in fields(self)}
+        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return {**tensors, **dict(() if self.rollout is None else self.rollout.items())}
 
     def as_filler(self) -> PackedBatch:
         """The same row with every label unknown: it weighs nothing in any loss."""
@@ -207,6 +221,9 @@ class PackedBatch:
             attributes=torch.full_like(self.attributes, torch.nan),
             preference_strength=torch.full_like(self.preference_strength, torch.nan),
             rewards=torch.full_like(self.rewards, torch.nan),
+            rollout=None
+            if self.rollout is None
+            else replace(self.rollout, counted=torch.zeros_like(self.rollout.counted)),
         )
 
 
@@ -271,7 +288,21 @@ def pack(groups: Sequence[TokenGroup], multiple: int = 1) -> PackedBatch:
         ref_logprobs=_by_response(groups, [group.ref_logprobs for group in groups]),
         group_indices=torch.tensor([group.index for group in groups]),
         layout=layout,
+        rollout=_rollout(groups),
     )
+
+
+def _rollout(groups: Sequence[TokenGroup]) -> RolloutTokens[Tensor] | None:
+    """The columns of all groups end to end; None if the first has none, as then all have none."""
+    first = groups[0].rollout
+    if first is None:
+        return None
+    columns = [dict(group.rollout.items()) for group in groups if group.rollout is not None]
+    joined = {
+        name: torch.from_numpy(np.concatenate([of_group[name] for of_group in columns]))
+        for name, _ in first.items()
+    }
+    return RolloutTokens(**joined)
 
 
 def _prompt_masks(groups: Sequence[TokenGroup]) -> tuple[npt.NDArray[np.bool_] | None, ...]:

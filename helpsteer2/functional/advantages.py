@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
+
+from helpsteer2.functional.running import PairwiseMoments
 
 Array = npt.NDArray[np.float64]
 
@@ -64,22 +68,39 @@ def gae(
     return advantages
 
 
-def whiten(values: npt.ArrayLike) -> Array:
-    """Shift to mean 0 and scale to standard deviation 1, over all values together.
+class Whitening:
+    """Shift to mean 0 and scale to standard deviation 1, over values that come in parts."""
 
-    Args:
-        values: ``(N,)`` of the real tokens of a whole batch, of all ranks.
+    def __init__(self) -> None:
+        self._moments = PairwiseMoments(1)
 
-    Returns:
-        ``(N,)``; zeros if all values are the same, since there is nothing to tell apart.
-    """
-    centred = np.asarray(values, np.float64)
-    centred = centred - centred.mean() if centred.size else centred
-    spread = centred.std() if centred.size else 0.0
-    # What is left of equal values after subtracting is rounding.
-    if spread <= 1e-12 * max(1.0, float(np.abs(values).max(initial=0.0))):
-        return np.zeros_like(centred)
-    return np.asarray(centred / spread)
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        """Take values in, of the real tokens of a whole batch in the end.
+
+        Args:
+            values: ``(N,)``, part of them.
+        """
+        if len(values):
+            self._moments.add(values[:, None])
+
+    def __call__(self, values: npt.NDArray[np.float64]) -> Array:
+        """Shift and scale by what was taken in.
+
+        Args:
+            values: ``(N,)``, those or others.
+
+        Returns:
+            ``(N,)``; zeros if all that was taken in is the same, as nothing is to tell apart.
+        """
+        n = int(self._moments.counts()[0])
+        if n < 2:
+            return np.zeros_like(values)
+        mean = float(self._moments.means()[0])
+        spread = float(self._moments.stds()[0]) * math.sqrt((n - 1) / n)
+        # What is left of equal values after subtracting is rounding.
+        if spread <= 1e-9 * max(1.0, abs(mean)):
+            return np.zeros_like(values)
+        return np.asarray((values - mean) / spread)
 
 
 def leave_one_out(rewards: npt.ArrayLike, counted: npt.ArrayLike | None = None) -> Array:
@@ -105,17 +126,24 @@ def leave_one_out(rewards: npt.ArrayLike, counted: npt.ArrayLike | None = None) 
     return np.where(others > 0, totals / np.maximum(others, 1), r)
 
 
-def group_normalised(rewards: npt.ArrayLike) -> Array:
+def group_normalised(rewards: npt.ArrayLike, counted: npt.ArrayLike | None = None) -> Array:
     """Advantages of GRPO: rewards of a prompt's responses, less their mean, over their spread.
 
     Args:
-        rewards: ``(G, k)`` reward of k ≥ 2 responses to each prompt.
+        rewards: ``(G, k)`` reward of k responses to each prompt.
+        counted: ``(G, k)`` bool, which rewards mean and spread are of; all by default.
 
     Returns:
-        ``(G, k)``; zeros for a prompt whose responses earn the same.
+        ``(G, k)``; zeros for a prompt whose responses earn the same, or of which fewer than two
+        count.
 
     Source: arXiv 2402.03300, section 4.1.2; the spread is that of a sample (k − 1), as in TRL.
     """
     r = np.asarray(rewards, np.float64)
-    centred = r - r.mean(axis=1, keepdims=True)
-    return np.asarray(centred / (r.std(axis=1, ddof=1, keepdims=True) + GROUP_EPSILON))
+    use = np.ones(r.shape, bool) if counted is None else np.asarray(counted, bool)
+    n = use.sum(axis=1, keepdims=True)
+    means = np.where(use, r, 0.0).sum(axis=1, keepdims=True) / np.maximum(n, 1)
+    centred = r - means
+    squares = np.where(use, centred**2, 0.0).sum(axis=1, keepdims=True)
+    spread = np.sqrt(squares / np.maximum(n - 1, 1))
+    return np.where(n > 1, centred / (spread + GROUP_EPSILON), 0.0)

@@ -12,6 +12,10 @@ from torch.autograd.function import once_differentiable
 LOGITS_AT_ONCE = 2**27
 """Logits held at a time: 512 MiB in fp32, which are 1,046 tokens of a vocabulary of 128,256."""
 
+CPU_TOKENS_AT_ONCE = 512
+"""Fewer logits stay in the caches from one pass over them to the next, more tokens make use of
+weights that were read once."""
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -22,12 +26,15 @@ class TokenLogprobs:
         greedy: ``(N,)`` bool, whether no token was more likely.
         responses: ``(N,)`` int64, the response 0 … R−1 that each token belongs to.
         n_responses: R.
+        entropy: ``(N,)`` float32 nats, entropy of the distribution that each token was chosen from;
+            None where it was not asked for.
     """
 
     logprobs: Tensor
     greedy: Tensor
     responses: Tensor
     n_responses: int
+    entropy: Tensor | None = None
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """Sum a value of each token over its response, in fp64.
@@ -51,7 +58,8 @@ def chunked_logprobs(
     targets: Tensor,
     bias: Tensor | None = None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probability of one token at each of N places: log-softmax of ``hidden @ weight.T``.
 
     Logits are made a chunk of tokens at a time and made again in the backward pass, so the N×V of
@@ -64,12 +72,14 @@ def chunked_logprobs(
         weight: ``(V, H)`` of the LM head.
         targets: ``(N,)`` int64, the tokens predicted.
         bias: ``(V,)`` of the LM head.
-        chunk: Tokens at a time; None takes what ``LOGITS_AT_ONCE`` allows. It changes nothing but
-            memory and rounding.
+        chunk: Tokens at a time; None chooses. It changes nothing but memory, speed and rounding.
+        entropy: Whether to compute the entropy at each place as well, which takes one more pass
+            over the logits.
 
     Returns:
-        The log-probabilities ``(N,)`` float32 in nats, and ``(N,)`` bool, whether no token was
-        more likely.
+        The log-probabilities ``(N,)`` float32 in nats; ``(N,)`` bool, whether no token was more
+        likely; and the entropies ``(N,)`` float32 in nats, or None. Log-probabilities and
+        entropies can be differentiated once.
     """
     device = hidden.device.type
     factors = hidden.dtype
@@ -79,11 +89,13 @@ def chunked_logprobs(
         factors = torch.float32
     if chunk is None:
         chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        if device == "cpu":
+            chunk = min(chunk, CPU_TOKENS_AT_ONCE)
     with torch.autocast(device, enabled=False):
-        logprobs, greedy = _Logprobs.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets, chunk, factors
+        found: tuple[Tensor, Tensor, Tensor | None] = _Logprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, chunk, factors, entropy
         )
-    return logprobs, greedy
+    return found
 
 
 class _Logprobs(torch.autograd.Function):
@@ -98,9 +110,11 @@ class _Logprobs(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         factors: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+        wants_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
         normalisers = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs) if wants_entropy else None
         greedy = torch.empty_like(targets, dtype=torch.bool)
         head = weight.to(factors)
         for part in _parts(len(targets), chunk):
@@ -109,28 +123,36 @@ class _Logprobs(torch.autograd.Function):
             greedy[part] = chosen >= logits.amax(dim=1)
             normalisers[part] = logits.logsumexp(dim=1)
             logprobs[part] = chosen - normalisers[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+            if entropy is not None:
+                log_p = logits.sub_(normalisers[part, None])
+                entropy[part] = log_p.exp().mul_(log_p).sum(dim=1).neg_()
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropy)
         ctx.chunk, ctx.factors = chunk, factors
         ctx.mark_non_differentiable(greedy)
-        return logprobs, greedy
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs nothing here
+        return logprobs, greedy, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    def backward(
+        ctx: Any, of_logprobs: Tensor | None, _: None, of_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers, entropy = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        if of_logprobs is None:
+            of_logprobs = torch.zeros_like(normalisers)
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.factors)
             for part in _parts(len(targets), ctx.chunk):
                 states = hidden[part].to(ctx.factors)
-                # d log p(target) / d logits = 1[target] − p.
-                of_logits = _logits(states, head, bias)
-                of_logits = of_logits.sub_(normalisers[part, None]).exp_().neg_()
-                ones = torch.ones_like(of_logits[:, :1])
-                of_logits.scatter_add_(1, targets[part, None], ones).mul_(gradient[part, None])
+                log_p = _logits(states, head, bias).sub_(normalisers[part, None])
+                pull = None
+                if of_entropy is not None:
+                    pull = entropy[part, None], of_entropy[part, None]
+                of_logits = _of_logits(log_p, targets[part, None], of_logprobs[part, None], pull)
                 if of_bias is not None:
                     of_bias += of_logits.sum(dim=0)
                 factor = of_logits.to(ctx.factors)
@@ -142,8 +164,31 @@ class _Logprobs(torch.autograd.Function):
             of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
+
+
+def _of_logits(
+    log_p: Tensor, targets: Tensor, of_logprobs: Tensor, pull: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """``(C, V)`` gradient of the logits, in place of their log-softmax.
+
+    d log p(target) / d logits = 1[target] − p, and dH / d logits = −p (log p + H).
+
+    Args:
+        log_p: ``(C, V)``, is overwritten.
+        targets: ``(C, 1)``.
+        of_logprobs: ``(C, 1)`` gradient of the log-probabilities of the targets.
+        pull: Entropies ``(C, 1)`` and their gradient ``(C, 1)``, if they have one.
+    """
+    if pull is None:
+        of_logits, of_entropy = log_p.exp_().neg_(), None
+    else:
+        entropy, gradient = pull
+        of_logits = log_p.exp().neg_()
+        of_entropy = log_p.add_(entropy).mul_(of_logits).mul_(gradient)
+    of_logits.scatter_add_(1, targets, torch.ones_like(of_logprobs)).mul_(of_logprobs)
+    return of_logits if of_entropy is None else of_logits.add_(of_entropy)
 
 
 def _parts(n: int, chunk: int) -> list[slice]:

@@ -48,19 +48,20 @@ class Policy(nn.Module):
         """The layer from hidden states to logits; its weight may be that of the embedding."""
         return self.causal_lm.get_output_embeddings()  # type: ignore[return-value]
 
-    def response_logprobs(self, batch: PackedBatch) -> TokenLogprobs:
+    def response_logprobs(self, batch: PackedBatch, entropy: bool = False) -> TokenLogprobs:
         """Log-probability of every response token of a packed row, given all before it.
 
         The first token of each response is predicted by the last one of its prompt.
 
         Args:
             batch: G groups with R responses, on the model's device.
+            entropy: Whether to compute the entropies as well.
 
         Returns:
             The N response tokens, response after response, in float32 nats whatever the dtype of
             the weights or the autocast around.
         """
-        return self._token_logprobs(batch, batch.layout.response_tokens)
+        return self._token_logprobs(batch, batch.layout.response_tokens, entropy)
 
     def learned_logprobs(self, batch: PackedBatch) -> TokenLogprobs:
         """Log-probability of every token that supervised fine-tuning learns, in one pass.
@@ -74,7 +75,9 @@ class Policy(nn.Module):
         """
         return self._token_logprobs(batch, batch.layout.learned_tokens)
 
-    def _token_logprobs(self, batch: PackedBatch, tokens: ResponseTokens) -> TokenLogprobs:
+    def _token_logprobs(
+        self, batch: PackedBatch, tokens: ResponseTokens, entropy: bool = False
+    ) -> TokenLogprobs:
         """Log-probability of some tokens of a packed row."""
         device = batch.input_ids.device
         positions, predictors, responses = (
@@ -83,10 +86,10 @@ class Policy(nn.Module):
         )
         hidden = packed_hidden_states(self.backbone, batch)[predictors]
         head = self.lm_head
-        logprobs, greedy = chunked_logprobs(
-            hidden, head.weight, batch.input_ids[positions], head.bias
+        logprobs, greedy, entropies = chunked_logprobs(
+            hidden, head.weight, batch.input_ids[positions], head.bias, entropy=entropy
         )
-        return TokenLogprobs(logprobs, greedy, responses, batch.layout.n_responses)
+        return TokenLogprobs(logprobs, greedy, responses, batch.layout.n_responses, entropies)
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Export as a plain transformers causal LM with tokenizer and chat template.

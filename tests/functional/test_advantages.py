@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpsteer2.functional.advantages import gae, group_normalised, leave_one_out, whiten
+from helpsteer2.functional.advantages import Whitening, gae, group_normalised, leave_one_out
 
 
 def by_definition(
@@ -53,17 +53,27 @@ def test_gae_of_nothing_is_nothing_and_lengths_have_to_fit() -> None:
         gae([1, 2], [1, 2], [3], gamma=1.0, lam=0.95)
 
 
-def test_whitened_values_have_mean_0_and_standard_deviation_1() -> None:
+def whitened(*parts: np.ndarray) -> list[np.ndarray]:
+    whitening = Whitening()
+    for part in parts:
+        whitening.add(part)
+    return [whitening(part) for part in parts]
+
+
+def test_whitened_values_have_mean_0_and_standard_deviation_1_however_they_come() -> None:
     values = np.random.default_rng(0).normal(3.0, 5.0, 1000)
-    found = whiten(values)
+    (found,) = whitened(values)
     assert (found.mean(), found.std()) == pytest.approx((0.0, 1.0), abs=1e-12)
-    assert found == pytest.approx(whiten(7 * values - 2))
+    assert found == pytest.approx(whitened(7 * values - 2)[0])
+    in_parts = whitened(values[:1], values[1:300], values[300:300], values[300:])
+    assert np.concatenate(in_parts) == pytest.approx(found, abs=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e9])
 def test_values_that_are_all_the_same_whiten_to_zeros(value: float) -> None:
-    assert whiten(np.full(7, value)).tolist() == [0.0] * 7
-    assert whiten([]).tolist() == []
+    assert whitened(np.full(7, value))[0].tolist() == [0.0] * 7
+    assert whitened(np.full(1, value))[0].tolist() == [0.0]
+    assert whitened(np.array([]))[0].tolist() == []
 
 
 def test_leaving_one_out_keeps_the_expected_gradient() -> None:
@@ -96,3 +106,10 @@ def test_group_normalisation_looks_at_order_and_distance_within_a_prompt_alone()
     assert found == pytest.approx(group_normalised(rewards + np.arange(4)[:, None] * 10), abs=1e-9)
     assert found == pytest.approx(group_normalised(100 * rewards), rel=1e-3)
     assert group_normalised([[2.0, 2.0]]).tolist() == [[0.0, 0.0]]
+
+
+def test_group_normalisation_leaves_out_what_does_not_count() -> None:
+    counted = np.array([[True, True, True, False], [True, False, False, False]])
+    found = group_normalised([[1.0, 2.0, 6.0, 90.0], [3.0, 7.0, 8.0, 9.0]], counted)
+    assert found[0, :3] == pytest.approx(group_normalised([[1.0, 2.0, 6.0]])[0])
+    assert found[1].tolist() == [0.0] * 4

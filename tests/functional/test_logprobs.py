@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpsteer2.functional.logprobs import TokenLogprobs, chunked_logprobs
@@ -36,7 +39,7 @@ def test_values_and_gradients_are_those_of_the_whole_logits(
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     logits = torch.nn.functional.linear(*(t.double() for t in inputs))
     whole = logits.log_softmax(dim=1).gather(1, targets[:, None]).squeeze(1)
-    ours, greedy = chunked_logprobs(hidden, weight, targets, bias if with_bias else None, chunk)
+    ours, greedy, _ = chunked_logprobs(hidden, weight, targets, bias if with_bias else None, chunk)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), whole, rtol=1e-5, atol=1e-5)
     assert torch.equal(greedy, logits.argmax(dim=1) == targets)
@@ -46,8 +49,74 @@ def test_values_and_gradients_are_those_of_the_whole_logits(
 
 def test_greedy_tokens_are_found() -> None:
     weight = torch.eye(5)
-    _, greedy = chunked_logprobs(torch.eye(5)[[0, 3, 2]], weight, torch.tensor([0, 1, 2]), chunk=2)
+    _, greedy, _ = chunked_logprobs(
+        torch.eye(5)[[0, 3, 2]], weight, torch.tensor([0, 1, 2]), chunk=2
+    )
     assert greedy.tolist() == [True, False, True]
+
+
+def entropy_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In fp64, as torch has it."""
+    logits = torch.nn.functional.linear(
+        hidden.double(), weight.double(), None if bias is None else bias.double()
+    )
+    return Categorical(logits=logits).entropy()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60, None])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_entropies_and_gradients_are_those_of_the_whole_logits(
+    parts: tuple[Tensor, ...], chunk: int | None, with_bias: bool
+) -> None:
+    hidden, weight, bias, targets = parts
+    inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
+    whole = entropy_of_logits(*inputs)
+    logprobs, greedy, ours = chunked_logprobs(
+        hidden, weight, targets, bias if with_bias else None, chunk, entropy=True
+    )
+    without = chunked_logprobs(hidden, weight, targets, bias if with_bias else None, chunk)
+    assert torch.equal(logprobs, without[0])
+    assert torch.equal(greedy, without[1])
+    assert without[2] is None
+    assert ours.dtype == torch.float32
+    assert whole.max() - whole.min() > 1
+    torch.testing.assert_close(ours.double(), whole, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradients(ours, *inputs), gradients(whole, *inputs), strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_log_probabilities_and_entropies_can_be_learned_together(parts: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets = parts
+    logits = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())
+    whole = Categorical(logits=logits)
+    logprobs, _, entropy = chunked_logprobs(hidden, weight, targets, bias, 7, entropy=True)
+    both = gradients(3 * entropy - logprobs, hidden, weight, bias)
+    expected = gradients(3 * whole.entropy() - whole.log_prob(targets), hidden, weight, bias)
+    for mine, theirs in zip(both, expected, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_gradient_of_the_entropy_is_its_slope(parts: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets = parts
+    factors = torch.linspace(-1, 2, N)
+
+    def total(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (chunked_logprobs(hidden, weight, targets, bias, 7, True)[2] * factors).sum()
+
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+    slopes = torch.autograd.grad(total(**inputs), list(inputs.values()))
+    for name, slope in zip(inputs, slopes, strict=True):
+        step = 1e-2 * slope / slope.norm()
+        up, down = (total(**{**inputs, name: inputs[name] + sign * step}) for sign in (1, -1))
+        assert (up - down).item() == pytest.approx(2e-2 * slope.norm().item(), rel=5e-3)
+
+
+def test_equally_likely_tokens_have_the_most_entropy_and_a_certain_one_none() -> None:
+    hidden, targets = torch.tensor([[0.0, 0.0], [1e4, 0.0]]), torch.zeros(2, dtype=torch.int64)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]]).requires_grad_()
+    entropy = chunked_logprobs(hidden, weight, targets, entropy=True)[2]
+    assert entropy.tolist() == pytest.approx([math.log(3), 0.0], abs=1e-6)
+    assert (gradients(entropy, weight)[0] == 0).all()  # neither a NaN of 0 · log 0
 
 
 class Largest(TorchDispatchMode):
@@ -63,11 +132,14 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_all_logits_are_never_held(parts: tuple[Tensor, ...]) -> None:
+@pytest.mark.parametrize("entropy", [False, True])
+def test_all_logits_are_never_held(parts: tuple[Tensor, ...], entropy: bool) -> None:
     hidden, weight, bias, targets = parts
     with Largest() as largest:
-        logprobs, _ = chunked_logprobs(hidden, weight, targets, bias, chunk=8)
-        gradients(logprobs, hidden, weight, bias)
+        logprobs, _, found = chunked_logprobs(
+            hidden, weight, targets, bias, chunk=8, entropy=entropy
+        )
+        gradients(logprobs if found is None else logprobs + found, hidden, weight, bias)
     assert largest.elements == max(8 * V, V * H)
     assert largest.elements < N * V / 3
 
@@ -85,20 +157,23 @@ def test_what_is_frozen_gets_no_gradient(parts: tuple[Tensor, ...]) -> None:
 
 def test_autocast_does_not_round(parts: tuple[Tensor, ...]) -> None:
     hidden, weight, _, targets = parts
-    exact = chunked_logprobs(hidden, weight, targets)[0]
+    exact, _, exact_entropy = chunked_logprobs(hidden, weight, targets, entropy=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under, _ = chunked_logprobs(hidden, weight, targets)
-        of_both = gradients(under, hidden, weight)
+        under, _, entropy = chunked_logprobs(hidden, weight, targets, entropy=True)
+        of_both = gradients(under + entropy, hidden, weight)
     assert torch.equal(under, exact)
-    for mine, theirs in zip(of_both, gradients(exact, hidden, weight), strict=True):
+    assert torch.equal(entropy, exact_entropy)
+    for mine, theirs in zip(of_both, gradients(exact + exact_entropy, hidden, weight), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_weights_in_half_precision_round_their_own_values_alone(parts: tuple[Tensor, ...]) -> None:
     hidden, weight, _, targets = (p.detach() for p in parts)
-    half = chunked_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)[0]
-    exact = chunked_logprobs(hidden.bfloat16().float(), weight.bfloat16().float(), targets)[0]
-    assert torch.equal(half, exact)
+    factors = hidden.bfloat16(), weight.bfloat16()
+    half = chunked_logprobs(*factors, targets, entropy=True)
+    exact = chunked_logprobs(*(t.float() for t in factors), targets, entropy=True)
+    assert torch.equal(half[0], exact[0])
+    assert torch.equal(half[2], exact[2])
 
 
 @pytest.mark.gpu
@@ -107,11 +182,14 @@ def test_on_a_gpu_sums_are_fp32(parts: tuple[Tensor, ...], autocast: bool) -> No
     hidden, weight, bias, targets = parts
     on_gpu = [t.detach().cuda().requires_grad_(t.is_floating_point()) for t in parts]
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-        ours, _ = chunked_logprobs(on_gpu[0], on_gpu[1], on_gpu[3], on_gpu[2], chunk=7)
-    assert ours.dtype == torch.float32
+        ours, _, entropy = chunked_logprobs(
+            on_gpu[0], on_gpu[1], on_gpu[3], on_gpu[2], chunk=7, entropy=True
+        )
+    assert ours.dtype == entropy.dtype == torch.float32
+    ours = ours + entropy
     if autocast:  # the factors are rounded, nothing after them
         hidden, weight = (t.detach().bfloat16().float().requires_grad_() for t in (hidden, weight))
-    exact, _ = chunked_logprobs(hidden, weight, targets, bias)
+    exact = sum(chunked_logprobs(hidden, weight, targets, bias, entropy=True)[::2])
     torch.testing.assert_close(ours.cpu(), exact, rtol=1e-4, atol=1e-4)
     factors = torch.linspace(-1, 2, N)
     (ours * factors.cuda()).sum().backward()
