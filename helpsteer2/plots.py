@@ -263,6 +263,35 @@ def bars(
     return figure
 
 
+def curves(
+    x: Mapping[str, npt.ArrayLike],
+    y: Mapping[str, npt.ArrayLike],
+    *,
+    labels: tuple[str, str],
+    title: str,
+) -> Figure:
+    """Lines with a mark at each point: the paths that trainings took.
+
+    Args:
+        x: ``(N,)`` of each line, by its name, in the order of time.
+        y: Likewise.
+        labels: Names of the two axes.
+        title: Title of the figure.
+
+    Returns:
+        The figure.
+    """
+    with style():
+        figure, (axes,) = _panels(1, title)
+        for name, values in y.items():
+            known_x, known = _both_finite(x[name], values)
+            axes.plot(known_x, known, marker="o", markersize=3, label=name)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        if len(y) > 1:
+            axes.legend()
+    return figure
+
+
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """A figure with a title and panels in rows of three."""
     # Not through pyplot, which would keep every figure alive and choose a display.

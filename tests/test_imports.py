@@ -22,6 +22,7 @@ FLOORS = [
     {"data", "plots"},
     {"losses", "models", "world"},
     {"generation", "rewards"},
+    {"rollouts"},
     {"modules"},
     {"callbacks", "evaluation"},
     {"config"},

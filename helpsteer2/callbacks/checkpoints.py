@@ -136,6 +136,8 @@ class Checkpoints(Checkpoint):
         stop: Asked after each step whether to stop.
         required: Metric that the first validation must give, if it is one of validation.
         export: Exports the model under a name, where the cadence asks for it.
+        iteration_steps: Steps of an iteration of rollouts, each of which has to begin with a
+            checkpoint: they are made anew from its weights. None without rollouts.
 
     Attributes:
         best_step: Step of the lowest validation loss, None before any validation.
@@ -150,12 +152,14 @@ class Checkpoints(Checkpoint):
         stop: StopSignals,
         required: str | None = None,
         export: Callable[[str], None] | None = None,
+        iteration_steps: int | None = None,
     ) -> None:
         self.folder = folder
         self.cadence = cadence
         self.stop = stop
         self.required = required
         self.export = export
+        self.iteration_steps = iteration_steps
         self.best_step: int | None = None
         self.best_metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
@@ -236,8 +240,10 @@ class Checkpoints(Checkpoint):
         Raises:
             StopRequested: If a signal asked for it; everything is saved.
         """
-        stop = self.stop.agreed(trainer)
-        if stop is not None or self.cadence.saves(trainer.global_step, _is_final(trainer)):
+        stop, step = self.stop.agreed(trainer), trainer.global_step
+        due = self.cadence.saves(step, _is_final(trainer))
+        due = due or (self.iteration_steps is not None and step % self.iteration_steps == 0)
+        if stop is not None or due:
             trainer.save_checkpoint(self.folder / LAST)
             if trainer.is_global_zero and (self.folder / NEXT_BEST).exists():
                 self._promote()

@@ -157,6 +157,17 @@ class ProgressReport(pl.Callback):
         if trainer.is_global_zero:
             logger.info("step %d/%d  val loss %.4f", trainer.global_step, trainer.max_steps, loss)
 
+    def show_stage(self, stage: str, done: int, total: int) -> None:
+        """Show how far the rollouts of an iteration are.
+
+        Args:
+            stage: What is made of them.
+            done: Responses that have it.
+            total: Responses of the iteration.
+        """
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], text=f"{stage} {done}/{total}")
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""
         self._stop()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -24,6 +24,7 @@ from helpsteer2.errors import UserError
 from helpsteer2.evaluation.report import named_table
 from helpsteer2.evaluation.scoring import Scorer, Scores, usable_weightings
 from helpsteer2.records import append, environment, reason
+from helpsteer2.rewards.rewarder import Rewarder
 from helpsteer2.rewards.standardise import ScoreStatistics
 
 CHUNK = 256
@@ -35,15 +36,6 @@ not been, and gives the same bytes.
 
 SCORES_FILE = "scores.bin"
 STATISTICS_FILE = "statistics.json"
-
-
-class Rewarder(Scorer, Protocol):
-    """A reward model in this process or behind a server."""
-
-    @property
-    def model_hash(self) -> str:
-        """What tells the model from any other that would score otherwise."""
-        ...
 
 
 def annotate(

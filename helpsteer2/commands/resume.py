@@ -20,9 +20,10 @@ MAY_CHANGE = (
     "batching.epochs", "batching.max_steps", "batching.tokens_per_microbatch",
     "backbone.gradient_checkpointing", "schedule.checkpoint_every", "schedule.export",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "rollouts.offload",
 )  # fmt: skip
 """Keys that may differ when a run is resumed: they decide where it runs, how long, and what is
-kept, not what a step computes (but for rounding)."""
+kept, not what a step computes (but for rounding). Of on-policy training the weighting decides."""
 
 LENGTH = ("batching.epochs", "batching.max_steps")
 """Those of them that decide the rate of every step, if it decays towards the last one."""
@@ -63,7 +64,10 @@ def finished_result(folder: RunFolder, config: Mapping[str, Any] | None) -> dict
 
 def _may_change(key: str, kept: Mapping[str, Any]) -> bool:
     decays = (kept.get("module") or {}).get("decay", "constant") != "constant"
-    return is_among(key, MAY_CHANGE) and not (decays and is_among(key, LENGTH))
+    if decays and is_among(key, LENGTH):
+        return False
+    rewards = kept.get("rollouts") is not None and is_among(key, ("weights",))
+    return is_among(key, MAY_CHANGE) and not rewards
 
 
 def begin(

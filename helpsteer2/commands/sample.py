@@ -15,12 +15,11 @@ from helpsteer2.commands.sample_store import SampleStore
 from helpsteer2.data.groups import Group, GroupSource, read_prompts
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import model_key
-from helpsteer2.generation.sampling import Engine, Sample, Sampler, SamplingParams
+from helpsteer2.generation.sampling import Engine, Sampler, SamplingParams, sampled_group
 from helpsteer2.records import differing_keys, environment
 
 GROUPS_FILE, SETTINGS_FILE = "groups.jsonl", "sampling.yaml"
 PARTIAL_FILE = f"{GROUPS_FILE}.partial"
-SOURCE = "sampled"
 
 
 def sample(
@@ -172,7 +171,7 @@ def _sample_all(
         task = progress.add_task("samples", total=len(prompts) * params.n, speed=0)
         progress.advance(task, (len(prompts) - len(missing)) * params.n)
         for group, samples in sampler.sample((prompts[place] for place in missing), params):
-            store.add(places[group.id], _sampled(group, samples, sampler.ids_hash))
+            store.add(places[group.id], sampled_group(group, samples, sampler.ids_hash))
             tokens += sum(len(one.ids) for one in samples)
             speed = tokens / (time.monotonic() - start)
             progress.update(task, advance=params.n, speed=speed)
@@ -187,22 +186,6 @@ def _missing(total: int, there: set[int], block: int) -> list[int]:
         if not there.issuperset(places):
             missing += places
     return missing
-
-
-def _sampled(group: Group, samples: Sequence[Sample], ids_hash: str) -> Group:
-    """The prompt with its samples; ratings of the responses it had before do not stay."""
-    logprobs = [one.logprobs for one in samples]
-    known = [values for values in logprobs if values is not None]
-    return Group(
-        id=group.id,
-        source=SOURCE,
-        prompt=group.prompt,
-        responses=tuple(one.text for one in samples),
-        response_ids=tuple(one.ids for one in samples),
-        tokenizer=ids_hash,
-        finish_reasons=tuple(one.finish_reason for one in samples),
-        logprobs=tuple(known) if len(known) == len(samples) else None,
-    )
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

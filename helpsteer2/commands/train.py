@@ -28,6 +28,7 @@ from helpsteer2.callbacks.checkpoints import (
 from helpsteer2.callbacks.guards import BadBatch, StopRequested, StopSignals
 from helpsteer2.callbacks.metrics_log import MetricsLog
 from helpsteer2.callbacks.progress import ProgressReport
+from helpsteer2.callbacks.rollouts import RolloutReport, summary_of
 from helpsteer2.callbacks.validation_report import ValidationReport
 from helpsteer2.callbacks.wandb import WandbRun
 from helpsteer2.callbacks.wandb import finish as finish_wandb
@@ -35,6 +36,12 @@ from helpsteer2.commands.resume import begin, finished_result
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.train_data import DataSettings, TrainingData
 from helpsteer2.commands.train_report import print_summary, result_of
+from helpsteer2.commands.train_rollouts import (
+    ROLLOUTS,
+    RolloutData,
+    check_goes_with,
+    discard_stale,
+)
 from helpsteer2.commands.train_trainer import make_trainer
 from helpsteer2.data.chat import ChatFormat
 from helpsteer2.data.datamodule import Batching, GroupDataModule
@@ -43,7 +50,10 @@ from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.errors import UserError
 from helpsteer2.models.backbone import Backbone
 from helpsteer2.models.start import ModelSetup, PolicyStart, RewardStart
+from helpsteer2.modules.on_policy import OnPolicyModule
 from helpsteer2.modules.step import StepModule
+from helpsteer2.rollouts.datamodule import RolloutDataModule
+from helpsteer2.rollouts.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +76,8 @@ def train(
     cache_dir: str,
     reference: str | None = None,
     weights: AttributeWeights | None = None,
+    rollouts: RolloutSettings | None = None,
+    reward_model: str | None = None,
     logger: WandbRun | None = None,
     optimized_metric: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -92,7 +104,12 @@ def train(
         cache_dir: Folder for tokenised data.
         reference: Folder of reference log-probabilities of the same data, made by ``helpsteer2
             reference``; for the modules that need one.
-        weights: Weighting stored with the export of a reward model as its usual one.
+        weights: Weighting stored with the export of a reward model as its usual one; in on-policy
+            training the one that makes rewards.
+        rollouts: How a policy samples what it learns from; for the modules that do. Of ``data`` the
+            prompts of ``train`` are read then, and no validation.
+        reward_model: Folder or Hub id of the reward model of the rollouts, or the url of its
+            server, as ``rollouts.rewarder`` opens it; for the record.
         logger: W&B beside the run's own ``metrics.csv``; None for the file alone.
         optimized_metric: Name of the metric to return, for sweepers.
         config: The whole configuration as plain containers, kept with the run.
@@ -115,6 +132,7 @@ def train(
         make_trainer=trainer,
         schedule=schedule,
         weights=weights,
+        rollouts=rollouts,
         wandb=logger,
         optimized_metric=optimized_metric,
         config=config,
@@ -135,10 +153,14 @@ class _Run:
     make_trainer: Callable[..., pl.Trainer]
     schedule: Cadence
     weights: AttributeWeights | None
+    rollouts: RolloutSettings | None
     wandb: WandbRun | None
     optimized_metric: str | None
     config: Mapping[str, Any] | None
     console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        self.progress = ProgressReport(self.console)
 
     @property
     def validates(self) -> bool:
@@ -189,22 +211,55 @@ class _Run:
         finished = trainer.strategy.broadcast(finished)
         if finished is not None:
             return self._recorded(finished)
-        data = self.data.tokenise(
-            self.start, self.backbone, self.module_class, self.validates, trainer
-        )
-        datamodule = GroupDataModule(data.train, data.validation, self.batching, self.seed)
-        datamodule.plan(trainer.world_size)  # refuses impossible batches before the model is built
-        if datamodule.dropped_groups:
-            logger.info("%d groups of a last partial step are left out", datamodule.dropped_groups)
+        data = self._read(trainer)
+        datamodule = self._datamodule(data, trainer, stop)
         if trainer.is_global_zero:
+            if isinstance(data, RolloutData):
+                discard_stale(self.folder, self.config, data.fingerprints())
             begin(self.folder, self.config, data.fingerprints(), datamodule.total_steps)
         pl.seed_everything(self.seed, workers=True, verbose=False)
         module = self._module(data, trainer)
+        if isinstance(datamodule, RolloutDataModule):
+            assert isinstance(module, OnPolicyModule)
+            datamodule.start_from(module, trainer.strategy.root_device, self.backbone.attention)
         checkpoints = self._fit(trainer, module, data, datamodule, stop)
         value = None
         if trainer.is_global_zero:
             value = self._finish(trainer, module, data, checkpoints, started)
         return trainer.strategy.broadcast(value)
+
+    def _read(self, trainer: pl.Trainer) -> TrainingData | RolloutData:
+        """Groups to learn from, or what samples of the policy itself take."""
+        check_goes_with(self.module_class, self.rollouts, self.schedule)
+        if self.rollouts is None:
+            return self.data.tokenise(
+                self.start, self.backbone, self.module_class, self.validates, trainer
+            )
+        return RolloutData.read(
+            self.rollouts, self.data, self.start, self.backbone, self.weights, self.seed
+        )
+
+    def _datamodule(
+        self, data: TrainingData | RolloutData, trainer: pl.Trainer, stop: StopSignals
+    ) -> GroupDataModule | RolloutDataModule:
+        """Steps of the data; impossible batches are refused here, before the model is built."""
+        if isinstance(data, RolloutData):
+            folder = self.folder.path / ROLLOUTS
+            report = partial(self._rollout_progress, trainer, stop)
+            return data.datamodule(folder, self.batching, self.seed, report)
+        datamodule = GroupDataModule(data.train, data.validation, self.batching, self.seed)
+        datamodule.plan(trainer.world_size)
+        if datamodule.dropped_groups:
+            logger.info("%d groups of a last partial step are left out", datamodule.dropped_groups)
+        return datamodule
+
+    def _rollout_progress(
+        self, trainer: pl.Trainer, stop: StopSignals, stage: str, done: int, total: int
+    ) -> None:
+        """Show how far an iteration is; nothing is at stake between its blocks."""
+        self.progress.show_stage(stage, done, total)
+        if stop.received is not None and trainer.world_size == 1:
+            raise StopRequested(stop.received)
 
     def _recorded(self, result: Mapping[str, Any]) -> float | None:
         logger.info("%s is finished: its result.json is what counts", self.folder.path)
@@ -212,7 +267,7 @@ class _Run:
             return None
         return require_metric(self.optimized_metric, result["metrics"])
 
-    def _module(self, data: TrainingData, trainer: pl.Trainer) -> StepModule:
+    def _module(self, data: TrainingData | RolloutData, trainer: pl.Trainer) -> StepModule:
         model = self.start.build(
             ModelSetup(
                 backbone=self.backbone,
@@ -236,8 +291,8 @@ class _Run:
         self,
         trainer: pl.Trainer,
         module: StepModule,
-        data: TrainingData,
-        datamodule: GroupDataModule,
+        data: TrainingData | RolloutData,
+        datamodule: GroupDataModule | RolloutDataModule,
         stop: StopSignals,
     ) -> Checkpoints:
         view = None
@@ -248,10 +303,14 @@ class _Run:
             module.model.save_pretrained(self.folder.exports / name, data.chat.tokenizer)
 
         checkpoints = Checkpoints(
-            self.folder.checkpoints, self.schedule, stop, self.optimized_metric, export
+            self.folder.checkpoints,
+            self.schedule,
+            stop,
+            self.optimized_metric,
+            export,
+            datamodule.steps_per_iteration if isinstance(datamodule, RolloutDataModule) else None,
         )
         self.metrics_log = MetricsLog(self.folder.metrics, view)
-        self.progress = ProgressReport(self.console)
         self.report = ValidationReport(
             self.folder.path,
             self.schedule.export,
@@ -262,6 +321,8 @@ class _Run:
             BadBatch(self.folder.bad_batch), self.metrics_log, self.progress, self.report, stop,
             checkpoints,
         ]  # fmt: skip
+        if isinstance(datamodule, RolloutDataModule):
+            trainer.callbacks.insert(0, RolloutReport(self.folder.path, view))
         trainer.fit_loop.epoch_loop.max_steps = datamodule.total_steps
         last = self.folder.checkpoints / LAST
         resume = trainer.strategy.broadcast(str(last) if last.exists() else None)
@@ -272,7 +333,7 @@ class _Run:
         self,
         trainer: pl.Trainer,
         module: StepModule,
-        data: TrainingData,
+        data: TrainingData | RolloutData,
         checkpoints: Checkpoints,
         started: float,
     ) -> float | None:
@@ -300,6 +361,9 @@ class _Run:
             wall_seconds=time.monotonic() - started,
             config=self.config,
         )
+        if isinstance(data, RolloutData):
+            in_steps = self.progress.throughput.seconds
+            result["rollouts"] = summary_of(self.folder.path / ROLLOUTS, in_steps)
         self.report.publish(trainer.global_step)
         self.folder.write_result(result)
         finish_wandb(0)

@@ -109,7 +109,7 @@ class DataSettings:
         attributes = start.attributes(self.attributes)
         module.check_source(self.source, attributes)
         with _rank_zero_first(trainer):
-            chat = start.chat(self.chat, backbone, self._texts, self.cache_dir)
+            chat = start.chat(self.chat, backbone, self.texts, self.cache_dir)
             splits = {
                 split: tokenise(
                     self.source,
@@ -151,7 +151,7 @@ class DataSettings:
             raise UserError(f"{module.__name__} reads no reference: leave reference out")
         return Reference.open(self.reference)
 
-    def _texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[str]:
         """Texts of the training data, for a tokenizer that is trained on them."""
         for group in read_all(self.source, "train"):
             yield from (message["content"] for message in group.prompt)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from helpsteer2.callbacks.rollouts import REWARD_PLOT, times_told
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.models.spec import SPEC_FILE
 from helpsteer2.records import environment
@@ -80,6 +81,9 @@ def print_summary(console: Console, folder: RunFolder, result: Mapping[str, Any]
             highlight=False,
         )
         console.print(_table(figures))
+    if "first" in result.get("rollouts", {}):
+        console.print(_rollouts_table(result["rollouts"]))
+        console.print(times_told(result["rollouts"]["seconds"]), soft_wrap=True, highlight=False)
     shared = result["data"].get("validation_prompts_in_train")
     if shared:
         console.print(
@@ -88,11 +92,27 @@ def print_summary(console: Console, folder: RunFolder, result: Mapping[str, Any]
             soft_wrap=True,
             highlight=False,
         )
+    plot = folder.path / "plots" / REWARD_PLOT
+    if plot.exists():
+        console.print(f"plot     {plot}", soft_wrap=True, highlight=False)
     lines = [f"model    {folder.export}", f"record   {folder.path / 'result.json'}"]
     if (folder.export / SPEC_FILE).exists():
         lines.append(f"next     helpsteer2 evaluate model={folder.export}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _rollouts_table(rollouts: Mapping[str, Any]) -> Table:
+    """The first and the last iteration beside each other."""
+    table = Table(title=f"rollouts of {rollouts['iterations']} iterations", title_justify="left")
+    table.add_column()
+    for column in ("first", "last"):
+        table.add_column(column, justify="right")
+    for name, first in rollouts["first"].items():
+        last = rollouts["last"].get(name)
+        shown = "" if last is None else f"{last:.4g}"
+        table.add_row(name.removeprefix("rollout/"), f"{first:.4g}", shown)
+    return table
 
 
 def _table(figures: Mapping[str, float]) -> Table:

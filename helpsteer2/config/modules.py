@@ -29,6 +29,16 @@ class Definition:
     module: Module
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.expr
 
+    @property
+    def name(self) -> str:
+        """Its own name; empty for an expression."""
+        return getattr(self.node, "name", "")
+
+    @property
+    def full_name(self) -> str:
+        """Its dotted name, where it is defined."""
+        return f"{self.module.name}.{self.name}"
+
 
 @dataclass(eq=False)
 class Module:

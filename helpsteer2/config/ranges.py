@@ -30,6 +30,7 @@ NOT_NEGATIVE = Range("0 or more", lambda number: 0 <= number < math.inf)
 SHARE = Range("0 to 1", lambda number: 0 <= number <= 1)
 PART = Range("0 or more and below 1", lambda number: 0 <= number < 1)
 MINORITY = Range("0 or more and below 0.5", lambda number: 0 <= number < 0.5)
+BETWEEN = Range("between 0 and 1", lambda number: 0 < number < 1)
 
 BY_PATH: Mapping[str, Range] = {
     **dict.fromkeys((
@@ -37,16 +38,18 @@ BY_PATH: Mapping[str, Range] = {
         "schedule.validate_every", "schedule.checkpoint_every", "schedule.export_every",
         "tokens_per_microbatch", "max_prompts", "max_prompt_tokens",
         "lengths.max_prompt_tokens", "lengths.max_response_tokens", "backbone.lora.rank",
+        "module.critic.lora.rank", "rollouts.rewarder.tokens_per_microbatch",
     ), COUNT),
     **dict.fromkeys((
         "batching.epochs", "module.optimizer.lr", "module.gradient_clip", "backbone.lora.alpha",
-        "module.loss.beta", "module.loss.eta",
+        "module.loss.beta", "module.loss.eta", "module.critic_lr", "module.critic_gradient_clip",
+        "module.critic.lora.alpha",
     ), POSITIVE),
     **dict.fromkeys((
         "seed", "module.warmup_steps", "module.optimizer.weight_decay", "module.sft_weight",
-        "min_gap",
+        "min_gap", "module.critic_first_steps", "module.critic_warmup_steps", "rollouts.penalty",
     ), NOT_NEGATIVE),
-    "backbone.lora.dropout": PART,
+    **dict.fromkeys(("backbone.lora.dropout", "module.critic.lora.dropout"), PART),
     "module.loss.label_smoothing": MINORITY,
 }  # fmt: skip
 """Of numbers that stand in one place."""
@@ -65,6 +68,18 @@ BY_CLASS: Mapping[str, Mapping[str, Range]] = {
     "helpsteer2.generation.local.LocalEngine": dict.fromkeys(
         ("max_rows", "cache_tokens", "prefill_tokens", "prompts_per_block"), COUNT
     ),
+    "helpsteer2.rollouts.settings.RolloutSettings": {
+        "prompts": COUNT, "epochs": COUNT, "max_kl": POSITIVE,
+    },
+    "helpsteer2.rollouts.advantages.GAE": {"gamma": SHARE, "lam": SHARE},
+    "helpsteer2.losses.kl_penalty.KLPenalty": {
+        "coefficient": NOT_NEGATIVE, "target": POSITIVE, "horizon": COUNT,
+    },
+    "helpsteer2.losses.policy_gradient.PolicyGradientLoss": {"entropy": NOT_NEGATIVE},
+    "helpsteer2.losses.policy_gradient.ClippedLoss": {
+        "clip": BETWEEN, "clip_high": POSITIVE, "entropy": NOT_NEGATIVE,
+    },
+    "helpsteer2.losses.value.ValueLoss": {"clip": POSITIVE},
     "helpsteer2.world.source.WorldSource": {
         **dict.fromkeys(("groups", "validation_groups", "responses"), COUNT),
         "marked": SHARE,
@@ -100,23 +115,32 @@ def _outside(settings: Settings, path: str, wanted: Range) -> Iterator[Finding]:
 def greedy_samples_differ(settings: Settings) -> Iterator[Finding]:
     """The likeliest response is the same one however often it is taken."""
     for path, target in settings.nodes():
+        if not target.endswith(".SamplingParams") or path == ROLLOUT_SAMPLING:
+            continue  # a policy that trains is not sampled greedily, whatever n is
         n = settings.number(f"{path}.n") or 1
-        is_greedy = settings.number(f"{path}.temperature") == 0
-        if target.endswith(".SamplingParams") and is_greedy and n > 1:
+        if settings.number(f"{path}.temperature") == 0 and n > 1:
             yield f"{path}.n", f"temperature 0 gives {n} times the same response: set {path}.n=1"
 
 
 AS_IT_IS: Mapping[str, int] = {"temperature": 1, "top_p": 1, "top_k": 0}
 """How a policy is sampled if nothing is done to its distribution."""
 
+ROLLOUT_SAMPLING = "rollouts.sampling"
+"""Where the sampling of a policy that trains stands."""
 
-def divergence_is_of_the_policy_as_it_is(settings: Settings) -> Iterator[Finding]:
-    """The KL divergence from a reference is estimated on samples of the policy itself."""
+
+def policies_are_sampled_as_they_are(settings: Settings) -> Iterator[Finding]:
+    """A policy gradient, and a KL divergence, are estimated on samples of the policy itself."""
+    if settings["rollouts"] is not None:
+        yield from _not_as_it_is(settings, ROLLOUT_SAMPLING, "the loss is of the policy as it is")
     for path, target in settings.nodes():
-        if not target.endswith(".WorldPolicyEvaluation") or settings[f"{path}.reference"] is None:
-            continue
-        for name, wanted in AS_IT_IS.items():
-            key = f"{path}.sampling.{name}"
-            value = settings.number(key)
-            if value is not None and value != wanted:
-                yield key, f"has to be {wanted} for the KL divergence from a reference, got {value}"
+        if target.endswith(".WorldPolicyEvaluation") and settings[f"{path}.reference"] is not None:
+            use = "the KL divergence from a reference is of the policy as it is"
+            yield from _not_as_it_is(settings, f"{path}.sampling", use)
+
+
+def _not_as_it_is(settings: Settings, path: str, use: str) -> Iterator[Finding]:
+    for name, wanted in AS_IT_IS.items():
+        value = settings.number(f"{path}.{name}")
+        if value is not None and value != wanted:
+            yield f"{path}.{name}", f"has to be {wanted}, got {value}: {use}"

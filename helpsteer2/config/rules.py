@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer2.config.modules import Definition, Module, NotFound, lookup_expression, resolve
+from helpsteer2.config.on_policy import ON_POLICY_RULES
 from helpsteer2.config.ranges import (
-    divergence_is_of_the_policy_as_it_is,
     greedy_samples_differ,
     numbers_are_in_range,
+    policies_are_sampled_as_they_are,
 )
 from helpsteer2.config.signatures import lineage, read_signature
 
@@ -235,7 +236,9 @@ def reference_goes_with_its_loss(settings: Settings) -> Iterator[Finding]:
             "data, and set reference=DIR/reference",
         )
     elif module.startswith("helpsteer2.") and not wanted and reference is not None:
-        yield "reference", f"{module.rpartition('.')[2]} reads no reference: leave it out"
+        samples = settings.given("rollouts") is not None
+        hint = "; KL divergences are measured from rollouts.reference=POLICY" if samples else ""
+        yield "reference", f"{module.rpartition('.')[2]} reads no reference: leave it out{hint}"
 
 
 def module_trains_the_model(settings: Settings) -> Iterator[Finding]:
@@ -249,11 +252,11 @@ def module_trains_the_model(settings: Settings) -> Iterator[Finding]:
         return  # told where the node itself is checked
     if made is None or wanted is None:
         return
-    family = {_full_name(parent) for parent in lineage(made) if parent is not None}
-    if _full_name(wanted) not in family:
+    family = {parent.full_name for parent in lineage(made) if parent is not None}
+    if wanted.full_name not in family:
         yield (
             "model",
-            f"builds a {_name(made)}, but {module.rpartition('.')[2]} trains a {_name(wanted)}: "
+            f"builds a {made.name}, but {module.rpartition('.')[2]} trains a {wanted.name}: "
             "leave start@model=… out, module=… chooses it",
         )
 
@@ -278,14 +281,6 @@ def _wanted_by(module: str) -> Definition | None:
 def _class(found: Definition | Module | None) -> Definition | None:
     is_class = isinstance(found, Definition) and isinstance(found.node, ast.ClassDef)
     return found if isinstance(found, Definition) and is_class else None
-
-
-def _name(definition: Definition) -> str:
-    return getattr(definition.node, "name", "")
-
-
-def _full_name(definition: Definition) -> str:
-    return f"{definition.module.name}.{_name(definition)}"
 
 
 SET_BY_RUN = {
@@ -341,14 +336,22 @@ def run_folder_can_be_made(settings: Settings) -> Iterator[Finding]:
         yield "run_dir", f"no permission to write in {folder}"
 
 
+READ_PATHS = {"model", "weak", "strong", "reward_model"}
+"""Keys whose value may be a path."""
+
+READ_NAMES = {"path", "init_from", "reference", "statistics"}
+"""Last parts of such keys, wherever they stand."""
+
+
 def local_paths_are_there(settings: Settings) -> Iterator[Finding]:
     """What can only be a local path has to exist; anything else may be a Hub id, or be made yet."""
     missing: dict[str, str] = {}
     for place, path in settings.texts():
         name = place.rpartition(".")[2]
-        is_read = place in {"model", "weak", "strong", "reference"} or name in {"path", "init_from"}
+        is_read = place in READ_PATHS or name in READ_NAMES
         if is_read and path.startswith(("/", "./", "../", "~")) and not _exists(path):
-            missing.setdefault(path, place)
+            # Told where it was given: other keys may take it from there.
+            missing[path] = min(place, missing.get(path, place), key=lambda key: key.count("."))
     for path, place in missing.items():
         yield place, f"there is no file or folder {path}"
 
@@ -369,7 +372,7 @@ RULES: tuple[Rule, ...] = (
     training_ends,
     numbers_are_in_range,
     greedy_samples_differ,
-    divergence_is_of_the_policy_as_it_is,
+    policies_are_sampled_as_they_are,
     weightings_name_trained_attributes,
     attributes_are_named_once,
     preferences_train_one_score,
@@ -379,5 +382,6 @@ RULES: tuple[Rule, ...] = (
     strategy_copies_the_model,
     run_folder_can_be_made,
     local_paths_are_there,
+    *ON_POLICY_RULES,
 )
 """Every rule, in the order in which findings are shown."""

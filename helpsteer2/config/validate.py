@@ -111,7 +111,9 @@ def validate(config: Mapping[str, Any], target: str) -> tuple[Settings, list[Mis
     checker = _Checker()
     settings = Settings(checker.call(config, target, ""), config)
     found = [Mistake(path, message) for rule in RULES for path, message in rule(settings)]
-    return settings, checker.mistakes + found
+    # A rule that looks at a value of the wrong type knows why it is.
+    told = {mistake.path for mistake in found}
+    return settings, [*(m for m in checker.mistakes if m.path not in told), *found]
 
 
 class _Checker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from helpsteer2.data.packing import PackedBatch, pack
 from helpsteer2.data.planner import MicroBatch, StepPlan, consecutive_bins, steps_for_epochs
 from helpsteer2.data.token_store import TokenisedGroups
+from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import UserError
 
 
@@ -59,7 +61,19 @@ ROW_MULTIPLE = 256
 every length anew."""
 
 
-def _pack(groups: TokenisedGroups, micro_batch: MicroBatch, multiple: int = 1) -> PackedBatch:
+class Groups(Protocol):
+    """Groups of ids by their position."""
+
+    def __getitem__(self, index: int, /) -> TokenGroup: ...
+
+
+def row_multiple(trainer: pl.Trainer) -> int:
+    """What a Trainer's rows are padded to a multiple of."""
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return ROW_MULTIPLE if on_cpu and trainer.precision == "bf16-mixed" else 1
+
+
+def _pack(groups: Groups, micro_batch: MicroBatch, multiple: int = 1) -> PackedBatch:
     batch = pack([groups[index] for index in micro_batch.groups], multiple)
     return batch if micro_batch.counted else batch.as_filler()
 
@@ -76,7 +90,7 @@ class StepStream(IterableDataset[list[PackedBatch]]):
     """
 
     def __init__(
-        self, groups: TokenisedGroups, plan: StepPlan, rank: int, first_step: int, multiple: int = 1
+        self, groups: Groups, plan: StepPlan, rank: int, first_step: int, multiple: int = 1
     ) -> None:
         self._groups, self._plan = groups, plan
         self._rank, self._first_step, self._multiple = rank, first_step, multiple
@@ -153,13 +167,12 @@ class GroupDataModule(pl.LightningDataModule):
         """One item an optimizer step: this rank's micro-batches, from the trainer's step on."""
         trainer = self.trainer
         assert trainer is not None
-        on_cpu = trainer.strategy.root_device.type == "cpu"
         stream = StepStream(
             self.train,
             self.plan(trainer.world_size),
             trainer.global_rank,
             trainer.global_step,
-            ROW_MULTIPLE if on_cpu and trainer.precision == "bf16-mixed" else 1,
+            row_multiple(trainer),
         )
         return DataLoader(stream, batch_size=None)
 

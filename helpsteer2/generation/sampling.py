@@ -12,6 +12,9 @@ from helpsteer2.errors import UserError
 if TYPE_CHECKING:
     from helpsteer2.data.chat import BoundChat
 
+SOURCE = "sampled"
+"""``Group.source`` of what was sampled."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -163,3 +166,24 @@ def response_text(chat: BoundChat, ids: Sequence[int], finish_reason: FinishReas
     """
     content = list(ids[:-1] if finish_reason == "stop" else ids)
     return str(chat.tokenizer.decode(content, skip_special_tokens=True))
+
+
+def sampled_group(group: Group, samples: Sequence[Sample], ids_hash: str) -> Group:
+    """The prompt with its samples; ratings of the responses it had before do not stay.
+
+    Args:
+        group: The prompt.
+        samples: Its n responses.
+        ids_hash: Tokenizer and chat template that their ids belong to.
+    """
+    known = [one.logprobs for one in samples if one.logprobs is not None]
+    return Group(
+        id=group.id,
+        source=SOURCE,
+        prompt=group.prompt,
+        responses=tuple(one.text for one in samples),
+        response_ids=tuple(one.ids for one in samples),
+        tokenizer=ids_hash,
+        finish_reasons=tuple(one.finish_reason for one in samples),
+        logprobs=tuple(known) if len(known) == len(samples) else None,
+    )

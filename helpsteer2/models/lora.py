@@ -13,8 +13,8 @@ import copy
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -175,8 +175,7 @@ def adapter_config(model: nn.Module) -> LoraConfig | None:
     return configs.get(NAME)
 
 
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merged(model: nn.Module) -> AbstractContextManager[None]:
     """Put plain layers in the place of those with adapters, for as long as the block lasts.
 
     Their weights are the frozen ones plus the adapters' product, added in fp32, rounded once to the
@@ -185,6 +184,23 @@ def merged(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with or without adapters; without, nothing happens.
     """
+    return _replaced(model, _merged_layer)
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """Put the frozen layers in the place of those with adapters, for as long as the block lasts.
+
+    The model is then what it was before any training, with no second copy of its weights.
+
+    Args:
+        model: A model with or without adapters; without, nothing happens.
+    """
+    return _replaced(model, lambda layer: layer.get_base_layer())
+
+
+@contextmanager
+def _replaced(model: nn.Module, stand_in: Callable[[Any], nn.Module]) -> Iterator[None]:
+    """Put other layers in the place of those with adapters, and these back in the end."""
     if adapter_config(model) is None:
         yield
         return
@@ -193,7 +209,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     layers = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     try:
         for name, layer in layers.items():
-            _put(model, name, _merged_layer(layer))
+            _put(model, name, stand_in(layer))
         yield
     finally:
         for name, layer in layers.items():

@@ -37,7 +37,8 @@ class ModelSetup:
         backbone: The decoder to start from; of one that is loaded, how it is set up.
         chat: The chat format, bound to the tokenizer whose ids the data are.
         limits: Longest prompt and response.
-        train: The training data, whose attributes are the scores of a reward model.
+        train: The training data, whose attributes are the scores of a reward model; None where a
+            policy samples its own.
         data: What it is, in words.
         weights: Weighting stored with a reward model as its usual one.
         seed: Seed of new weights.
@@ -48,7 +49,7 @@ class ModelSetup:
     backbone: Backbone
     chat: BoundChat
     limits: LengthLimits
-    train: TokenisedGroups
+    train: TokenisedGroups | None
     data: str
     weights: AttributeWeights | None
     seed: int
@@ -155,6 +156,7 @@ class RewardStart:
             UserError: If the weights cannot be found, packed or trusted.
         """
         tokenizer = setup.chat.tokenizer
+        assert setup.train is not None
         names = setup.train.attribute_names
         head, before = None, None
         if self.init_from is None:

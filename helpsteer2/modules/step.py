@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -94,6 +95,20 @@ def rate_factor(step: int, warmup_steps: int, decay: Decay, total_steps: int) ->
     """
     factor = min(1.0, (step + 1) / max(warmup_steps, 1))
     return factor if decay == "constant" else factor * max(0.0, 1.0 - step / total_steps)
+
+
+def clip_norm(module: nn.Module, largest: float | None) -> float:
+    """Clip the norm of a module's gradients, all of them together.
+
+    Args:
+        module: Its parameters without a gradient are left out.
+        largest: Norm that is left at the most; None does not clip.
+
+    Returns:
+        The norm before.
+    """
+    gradients = [p for p in module.parameters() if p.grad is not None]
+    return float(nn.utils.clip_grad_norm_(gradients, math.inf if largest is None else largest))
 
 
 @contextlib.contextmanager
@@ -234,12 +249,32 @@ class StepModule(pl.LightningModule):
             *columns: The other columns, in the same order.
         """
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains; a group may have settings of its own."""
+        return decay_groups(self)
+
+    def rate_factor(self, group: dict[str, Any], step: int) -> float:
+        """Share of its learning rate that a parameter group has at a 0-based step."""
+        return rate_factor(step, self.warmup_steps, self.decay, self.trainer.max_steps)
+
+    def clip_gradients_of_step(self) -> dict[str, float]:
+        """Clip the gradients of the whole step; their norms before, as metrics.
+
+        The first one tells whether the step may be made: it is not finite if a gradient is not.
+        """
+        return {"train/grad_norm": clip_norm(self, self.gradient_clip)}
+
+    def update(self, optimizer: Optimizer) -> None:
+        """Make the step."""
+        optimizer.step()
+
     def configure_optimizers(self) -> dict[str, Any]:
-        """One optimizer over two parameter groups, and the warm-up."""
-        optimizer = self.make_optimizer(decay_groups(self))
-        warmup_steps, decay, total = self.warmup_steps, self.decay, self.trainer.max_steps
-        schedule = LambdaLR(optimizer, lambda step: rate_factor(step, warmup_steps, decay, total))
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        """One optimizer over the parameter groups, and their schedules."""
+        optimizer = self.make_optimizer(self.parameter_groups())
+        factors: list[Callable[[int], float]] = [
+            partial(self.rate_factor, group) for group in optimizer.param_groups
+        ]
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, factors)}
 
     def on_fit_start(self) -> None:
         """Switch to training mode: ``from_pretrained`` gives eval, and Lightning keeps it."""
@@ -267,27 +302,23 @@ class StepModule(pl.LightningModule):
         total = self._sum_over_ranks(counts.sum(dim=0)).clamp(min=1)
         optimizer.zero_grad()
         sums = self._backward(batches, total)
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in self.parameters() if p.grad is not None],
-            float("inf") if self.gradient_clip is None else self.gradient_clip,
-        )
+        norms = self.clip_gradients_of_step()
         real = [batch for batch in batches if not batch.filler]
         seen = [sum(len(b.group_indices) for b in real), sum(b.layout.n_tokens for b in real)]
         groups, tokens = self._sum_over_ranks(torch.tensor(seen, device=self.device)).tolist()
         k = len(total)
         loss = float((sums[:k] / total).sum())
-        gradient_norm = float(norm)
-        if not (torch.isfinite(sums).all() and torch.isfinite(norm)):
-            raise NonFiniteError(step, loss, gradient_norm)
+        if not (torch.isfinite(sums).all() and all(map(math.isfinite, norms.values()))):
+            raise NonFiniteError(step, loss, next(iter(norms.values())))
         lr = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        self.update(optimizer)
         cast("LambdaLR", self.lr_schedulers()).step()
         self.groups_seen += groups
         self.tokens_seen += tokens
         return {
             "metrics": {
                 "train/loss": loss,
-                "train/grad_norm": gradient_norm,
+                **norms,
                 "lr": lr,
                 "groups_seen": self.groups_seen,
                 "tokens_seen": self.tokens_seen,

@@ -37,6 +37,20 @@ NEEDS = {
         for name in ("helpsteer2_llama3_70b", "helpsteer2_llama3_70b_iteration", "local_slice")
     },
     **{
+        f"experiment=on_policy/{name}": [
+            "backbone.path=some/model", "reward_model=some/export",
+            "rollouts.statistics=some/statistics.json",
+        ]
+        for name in ("helpsteer2_llama3_70b_ppo", "world_ppo", "world_rloo")
+    },
+    **{
+        choice: ["reward_model=some/export"]
+        for choice in (
+            "experiment=on_policy/helpsteer2_preference_reinforce", "module=ppo",
+            "module=reinforce",
+        )
+    },
+    **{
         f"module={name}": ["reference=some/reference"]
         for name in (
             "dpo", "dpo_hinge", "dpo_ipo", "dpo_margin", "dpo_robust", "dpo_scaled",
@@ -182,6 +196,35 @@ def test_the_recipes_of_dpo_have_their_values() -> None:
     assert (iteration["batching.epochs"], iteration["module.optimizer.lr"]) == (3, 9e-8)
 
 
+def test_the_recipes_of_on_policy_training_have_their_values() -> None:
+    jobs = []
+    for name in ("helpsteer2_llama3_70b_ppo", "helpsteer2_preference_reinforce"):
+        choice = f"experiment=on_policy/{name}"
+        jobs += check(CONFIG_COMMANDS["train"], [choice, *NEEDS[choice]]).jobs
+    for job in jobs:
+        longest = job["lengths.max_prompt_tokens"] + job["rollouts.sampling.max_tokens"]
+        assert (longest, job["rollouts.unfinished"], job["rollouts.epochs"]) == (4096, "mask", 1)
+        # NeMo-Aligner: |log-ratio|, off the reward.
+        assert (job["module.kl.estimator"], job["module.kl.place"]) == ("abs", "reward")
+    ppo, reinforce = jobs
+    # arXiv 2406.08673, section 4.3: 128 responses a step and an iteration, 64 steps.
+    samples = ppo["rollouts.sampling.n"]
+    assert samples * ppo["batching.global_batch"] == samples * ppo["rollouts.prompts"] == 128
+    assert (ppo["batching.max_steps"], ppo["schedule.export_every"]) == (64, 4)
+    assert (ppo["module.optimizer.lr"], ppo["module.kl.coefficient"]) == (1e-7, 3e-3)
+    assert ppo["weights.name"] == "helpsteer2_rlhf"
+    assert ppo["module.critic.init_from"] == ppo["reward_model"]
+    # NeMo-Aligner, docs/user-guide/reinforce.rst: 313 iterations of 32 prompts, with 32 responses
+    # a step.
+    samples = reinforce["rollouts.sampling.n"]
+    assert (samples, reinforce["batching.global_batch"] * samples) == (4, 32)
+    responses = reinforce["batching.max_steps"] * reinforce["batching.global_batch"] * samples
+    assert responses == 313 * reinforce["rollouts.prompts"] * samples == 313 * 32 * 4
+    assert (reinforce["module.optimizer.lr"], reinforce["module.kl.coefficient"]) == (1e-6, 0.01)
+    assert reinforce["module.advantages.baseline"] == "leave_one_out"
+    assert reinforce["module.kl.reduction"] == "mean"
+
+
 def test_a_preference_module_alone_is_a_whole_configuration() -> None:
     for name in ("bradley_terry", "margin_bradley_terry", "scaled_bradley_terry"):
         (job,) = check(CONFIG_COMMANDS["train"], [f"module={name}"]).jobs
@@ -195,6 +238,8 @@ def test_a_preference_module_alone_is_a_whole_configuration() -> None:
 PAPER_RECIPES = (
     "dpo/helpsteer2_llama3_70b",
     "dpo/helpsteer2_llama3_70b_iteration",
+    "on_policy/helpsteer2_llama3_70b_ppo",
+    "on_policy/helpsteer2_preference_reinforce",
     "reward/helpsteer2_llama3_70b",
     "reward/helpsteer2_preference_bradley_terry",
     "reward/helpsteer2_preference_regression",

@@ -1,0 +1,29 @@
+"""What gives scores, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from helpsteer2.data.groups import Group
+
+
+class Rewarder(Protocol):
+    """A reward model in this process or behind a server, or an oracle."""
+
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """Names of the A scores."""
+        ...
+
+    @property
+    def model_hash(self) -> str:
+        """What tells the model from any other that would score otherwise."""
+        ...
+
+    def score(self, groups: Iterable[Group]) -> Iterator[npt.NDArray[np.float32]]:
+        """Stream the ``(n, A)`` scores of each group, in order."""
+        ...

@@ -1,0 +1,1 @@
+"""Rollouts: prompts → samples → scores → log-probabilities → advantages, as groups on disk."""
