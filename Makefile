@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,bench,lora,sweeps,serve]"
 	@touch $@
 
-quickstart: install ## language model, reward model, iterative DPO on made-up data, and a table
+quickstart: install ## language model, reward model, DPO, PPO and RLOO on made-up data, and a table
 	$(BIN)/helpsteer2 quickstart
 
 test: lint typecheck pytest ## all checks: ruff, mypy, every test that needs no GPU

@@ -157,6 +157,14 @@ def test_calibration_shows_the_bins() -> None:
     assert f"{bins.error:.2f}" in axes.get_title()
 
 
+def test_curves_go_from_point_to_point_and_leave_out_what_is_not_known() -> None:
+    x, y = {"a": [0.0, 2.0, 1.0], "b": [0.0]}, {"a": [1.0, math.nan, 3.0], "b": [5.0]}
+    [axes] = plots.curves(x, y, labels=("KL", "score"), title="t").axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[0, 1], [1, 3]], [[0, 5]]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("KL", "score")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
 def test_names_are_no_formulas_and_nothing_known_is_said(tmp_path: Path) -> None:
     unknown = np.full(3, math.nan)
     empty = statistics.calibration(unknown, unknown)

@@ -71,7 +71,7 @@ OTHER_COMMANDS = {
     "score": "rows of prompt and response on standard input, scores on standard output",
     "serve": "a reward model behind HTTP, for many clients at once",
     "data": "describe a data set, or validate data files",
-    "quickstart": "language model, reward model and iterative DPO on made-up data, then a table",
+    "quickstart": "language model, reward model, DPO, PPO and RLOO on made-up data, then a table",
     "world": "write made-up data in HelpSteer2's files, or rate answers by its oracle",
 }
 """Commands with arguments of their own: name to summary."""

@@ -1,4 +1,4 @@
-"""``helpsteer2 quickstart``: iterative DPO in the made-up world, from nothing to a table."""
+"""``helpsteer2 quickstart``: DPO, PPO and RLOO in the made-up world, from nothing to a table."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     console.print(
         "A small language model learns to speak of a made-up world; a reward model learns from it "
         "what\nannotators like; DPO makes its answers better, on rated pairs and on its own "
-        f"samples.\nTo go on after a stop: {_program()} quickstart --run-dir "
-        f"{shlex.quote(str(run_dir))}",
+        "samples; so do\nPPO and RLOO, by the reward itself.\n"
+        f"To go on after a stop: {_program()} quickstart --run-dir {shlex.quote(str(run_dir))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     result = RunFolder(run_dir).result()
     if code or result is None:
         return code
-    exports = _policies(result)
+    exports = policies(result)
     reward_model = _export(result, "reward_model", "reward_model")
     console.print("evaluation on prompts that no training has seen")
     places = [run_dir / "evaluation_of_rewards", run_dir / "evaluation"]
@@ -91,18 +91,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _policies(result: Mapping[str, Any]) -> dict[str, str]:
-    """Folders of the policies of a pipeline, by their names in the table."""
-    exports = {
-        "SFT": _export(result, "sft", "policy"),
-        "DPO on pairs": _export(result, "dpo"),
+def policies(result: Mapping[str, Any]) -> dict[str, str]:
+    """Find the policies of a pipeline.
+
+    Args:
+        result: ``result.json`` of ``pipeline=side_by_side``.
+
+    Returns:
+        Their folders by their names in the table, in its order.
+    """
+    pipeline = result["config"]["pipeline"]
+    methods = [name for name, method in pipeline["methods"].items() if method is not None]
+    stages = {
+        "SFT": "sft",
+        "DPO on pairs": "dpo",
+        **{f"iteration {i}": f"dpo_{i}" for i in range(1, pipeline["iterations"] + 1)},
+        **{name.upper(): name for name in methods},
     }
-    for number in range(1, result["config"]["pipeline"]["iterations"] + 1):
-        exports[f"iteration {number}"] = _export(result, f"dpo_{number}")
-    return exports
+    return {name: _export(result, stage, "policy") for name, stage in stages.items()}
 
 
-def _export(result: Mapping[str, Any], stage: str, given: str = "") -> str:
+def _export(result: Mapping[str, Any], stage: str, given: str) -> str:
     """The model that a stage has made, or that the pipeline was given in its place."""
     if stage in result["folders"]:
         return str(Path(result["folders"][stage]) / "export")
@@ -262,7 +271,10 @@ def _with_ends(figure: Mapping[str, float | None], form: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="helpsteer2 quickstart",
-        description="Iterative DPO on made-up data: language model, reward model, DPO, table.",
+        description=(
+            "A language model, a reward model, DPO and its iterations, PPO and RLOO on made-up "
+            "data, and a table of what each has brought."
+        ),
     )
     parser.add_argument(
         "--run-dir",
@@ -294,7 +306,8 @@ def _next_steps(policy: str, reward_model: str) -> str:
             f"  echo {example} \\",
             f"    | {program} score --model {reward_model}",
             f"  {program} sample model={policy} data=world max_prompts=5 sampling.n=3",
-            f"  {program} pipeline experiment=pipeline/world_iterative_dpo  # the whole of it",
+            f"  {program} pipeline experiment=pipeline/world_iterative_dpo  # DPO, the whole of it",
+            f"  {program} pipeline experiment=pipeline/world_on_policy      # PPO, RLOO likewise",
             f"  {program} data describe world                               # what is in the data",
             f"  {program} train experiment=reward/local_slice data.path=DIR # your own ratings",
             f"  {program} check experiment=reward/helpsteer2_llama3_70b     # the paper's recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from helpsteer2.data.groups import GroupSource
 from helpsteer2.data.packing import PackedBatch
 from helpsteer2.data.token_store import TokenisedGroups
 from helpsteer2.errors import UserError
+from helpsteer2.functional.autocast import cached_casts
 from helpsteer2.models.lora import frozen_fingerprint
 from helpsteer2.modules.scored import ScoredSplit
 from helpsteer2.modules.validation import gather_split
@@ -109,20 +110,6 @@ def clip_norm(module: nn.Module, largest: float | None) -> float:
     """
     gradients = [p for p in module.parameters() if p.grad is not None]
     return float(nn.utils.clip_grad_norm_(gradients, math.inf if largest is None else largest))
-
-
-@contextlib.contextmanager
-def _cached_casts(device_type: str) -> Iterator[None]:
-    """Keep what autocast casts until the end of the block; Lightning's context does not.
-
-    The weights must not change inside, and must not be used without gradients first: the cast kept
-    then would cut them off from theirs.
-    """
-    dtype = torch.get_autocast_dtype(device_type)
-    enabled = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=True):
-        yield
-    torch.clear_autocast_cache()
 
 
 def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -329,7 +316,7 @@ class StepModule(pl.LightningModule):
     def _backward(self, batches: list[PackedBatch], total: Tensor) -> Tensor:
         """Run forward and backward on every micro-batch; sums over all of them and all ranks."""
         all_sums = []
-        with _cached_casts(self.device.type):
+        with cached_casts(self.device.type):
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 with contextlib.nullcontext() if last else self._no_gradient_sync():

@@ -16,13 +16,13 @@ NO_EFFECT = (
     "run_dir", "cache_dir", "experiment", "logger", "optimized_metric", "tokens_per_microbatch",
     "batching.tokens_per_microbatch", "backbone.gradient_checkpointing",
     "schedule.checkpoint_every", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.strategy",
+    "trainer.strategy", "rollouts.offload",
 )  # fmt: skip
 """Keys that decide where and how fast a stage runs, not what comes out (but for rounding)."""
 
 _PATH_KEYS = {
     "path", "init_from", "model", "base", "weak", "strong", "reference", "baseline", "candidates",
-    "file",
+    "file", "reward_model", "statistics",
 }  # fmt: skip
 """Last parts of keys whose value may be a path, even one without a slash."""
 

@@ -7,24 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from helpsteer2.errors import ConfigError
-from helpsteer2.pipeline.dpo import DPO, Model
-from helpsteer2.pipeline.stages import Output, Stage, overrides_of, require_one_source
+from helpsteer2.pipeline.alignment import Model, RewardedAlignment
+from helpsteer2.pipeline.dpo import DPO
+from helpsteer2.pipeline.stages import Output, Stage, overrides_of
 
 
 @dataclass(frozen=True)
-class IterativeDPO(DPO):
+class IterativeDPO(DPO, RewardedAlignment):
     """DPO on pairs of rated responses, then iterations of sampling, scoring and DPO.
 
     An iteration samples n responses a prompt from the policy so far, scores them by the reward
     model, pairs the best with the worst, and goes on training. Further arguments are those of
-    ``DPO``.
+    ``DPO`` and ``RewardedAlignment``; the weights decide the pairs alone.
 
     Args:
-        reward_model: Folder of the reward model; None if ``reward`` trains it.
-        reward: Settings of ``train`` for the stage ``reward_model``; None if that is given.
         iterations: How many.
-        weights: Weighting, by its name in the config group, that makes one reward of the scores.
-            It decides the pairs alone: no reward model is trained again.
         reference: Which policy an iteration is compared with: the one before any DPO, or the one
             that the iteration starts from.
         sample: Settings of ``sample``: which prompts, and how to draw. Neither prompts nor samples
@@ -37,10 +34,7 @@ class IterativeDPO(DPO):
     Source: arXiv 2406.08673, section 4.3. It does not state the reference of its iteration.
     """
 
-    reward_model: str | None = None
-    reward: dict[str, Any] | None = None
     iterations: int = 1
-    weights: str = "helpsteer2_rlhf"
     reference: Literal["initial", "previous"] = "previous"
     sample: dict[str, Any] = field(default_factory=dict)
     annotate: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +43,6 @@ class IterativeDPO(DPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_one_source("reward_model", self.reward_model, self.reward, "reward")
         if self.iterations < 1:
             raise ConfigError(
                 f"pipeline.iterations: has to be 1 or more, got {self.iterations}; without any it "
@@ -78,21 +71,18 @@ class IterativeDPO(DPO):
         Args:
             seed: Seed of every training; iterations draw other samples.
         """
-        stages, initial, policy = self.first_stages(seed)
-        scorer: Model = self.reward_model or Output("reward_model", "export")
-        if self.reward is not None:
-            reward = Stage("reward_model", "train", {**overrides_of(self.reward), "seed": seed})
-            stages.append(reward)
+        stages, policy = self.first_stages(seed)
+        stages += self.reward_stages(seed)
         for number in range(1, self.iterations + 1):
             suffix = f"_{number}"
-            stages += self._scored_pairs(suffix, policy, scorer, 1000 * seed + number)
-            reference = initial if self.reference == "initial" else policy
+            stages += self._scored_pairs(suffix, policy, 1000 * seed + number)
+            reference = self.start if self.reference == "initial" else policy
             train = {**overrides_of(self.train), **overrides_of(self.train_again)}
             trained, policy = self.trained(suffix, policy, reference, train, seed)
             stages += trained
         return stages
 
-    def _scored_pairs(self, suffix: str, policy: Model, scorer: Model, seed: int) -> list[Stage]:
+    def _scored_pairs(self, suffix: str, policy: Model, seed: int) -> list[Stage]:
         """Samples of a policy, their scores, and pairs of them."""
 
         def groups(stage: str) -> dict[str, Any]:
@@ -104,7 +94,7 @@ class IterativeDPO(DPO):
                 "model": policy, "seed": seed,
             }),
             Stage(f"annotate{suffix}", "annotate", {
-                **overrides_of(self.annotate), **groups("sample"), "model": scorer,
+                **overrides_of(self.annotate), **groups("sample"), "model": self.scorer,
             }),
             Stage(f"pairs{suffix}", "pairs", {
                 "weights": self.weights, **overrides_of(self.scored_pairs), **groups("annotate"),

@@ -10,6 +10,7 @@ from helpsteer2.attributes import AttributeWeights
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import usable_weightings
 from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE, RewardSpec
+from helpsteer2.pipeline.fingerprint import STAGE
 from helpsteer2.pipeline.stages import Output
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ def model_mistakes(stages: Mapping[str, PlannedStage]) -> list[str]:
     Returns:
         Each mistake, with the first stage that would find it.
     """
-    checks = {"reference": _reads_policy, "annotate": _reads_rewards, "pairs": _weights_scores}
+    checks = {
+        "reference": _reads_policy,
+        "annotate": _reads_rewards,
+        "pairs": _weights_scores,
+        "train": _samples_and_scores,
+    }
     found: dict[str, str] = {}
     for name, stage in stages.items():
         for check in (_reads_exports, checks.get(stage.stage.command)):
@@ -49,12 +55,57 @@ def _reads_exports(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> N
         if is_export and made_by.stage.command == "train" and not is_told:
             raise UserError(
                 f"reads the exports of stage {output.stage}, which keeps none: set its "
-                "schedule.export_every, for dpo +pipeline.train.schedule.export_every=STEPS"
+                "schedule.export_every, for dpo +pipeline.train.schedule.export_every=STEPS, for "
+                "a method +pipeline.methods.NAME.schedule.export_every=STEPS"
             )
 
 
 def _reads_policy(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
-    model = stage.stage.overrides.get("model")
+    _require_policy(_model(stage, "model", stages), stages)
+
+
+def _reads_rewards(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    names = _score_names(_model(stage, "rewarder.path", stages), stages)
+    if names is not None:
+        weightings = stage.settings["weightings"] or {}
+        usable_weightings(map(_weighting, weightings.values()), tuple(names))
+
+
+def _weights_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    """The weighting that makes pairs has to fit what the reward model scores."""
+    groups = stage.stage.overrides.get("data.path")
+    if stage.settings["by"] != "scores" or not isinstance(groups, Output):
+        return
+    scored = stages[groups.stage]
+    _require_weighted(_model(scored, "rewarder.path", stages), stage, stages)
+
+
+def _samples_and_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    """A training on samples of its own needs policies here and reward models there."""
+    if stage.settings["rollouts"] is None:
+        return
+    for key in ("backbone.path", "rollouts.reference"):
+        _require_policy(_model(stage, key, stages), stages)
+    _require_kind("reward model", _model(stage, "module.critic.init_from", stages), stages)
+    watched = (f"watch.{name}" for name in stage.settings["rollouts.watch"] or {})
+    for scorer in ("rewarder", *watched):
+        _require_weighted(_model(stage, f"rollouts.{scorer}.path", stages), stage, stages)
+
+
+def _model(
+    stage: PlannedStage, key: str, stages: Mapping[str, PlannedStage]
+) -> Output | str | None:
+    """The model that a key names: of a stage, also where it stands for another key, or given."""
+    value = stage.settings[key]
+    if not isinstance(value, str) or not value.startswith(STAGE):
+        return value if isinstance(value, str) else None
+    folder, _, path = value.removeprefix(STAGE).partition("/")
+    (name,) = (name for name, other in stages.items() if other.folder.name == folder)
+    return Output(name, path)
+
+
+def _require_policy(model: Output | str | None, stages: Mapping[str, PlannedStage]) -> None:
+    """Refuse what is known to be no policy that could answer."""
     _require_kind("policy", model, stages)
     folder = _folder(model)
     if folder is None or (folder / POLICY_FILE).is_file():
@@ -68,37 +119,30 @@ def _reads_policy(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> No
         )
 
 
-def _reads_rewards(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
-    if not _is_behind_server(stage):
-        _require_kind("reward model", stage.stage.overrides.get("model"), stages)
-    names = _score_names(stage, stages)
-    if names is not None:
-        weightings = stage.settings["weightings"] or {}
-        usable_weightings(map(_weighting, weightings.values()), tuple(names))
-
-
-def _weights_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
-    """The weighting that makes pairs has to fit what the reward model scores."""
-    groups = stage.stage.overrides.get("data.path")
-    if stage.settings["by"] != "scores" or not isinstance(groups, Output):
-        return
-    names = _score_names(stages[groups.stage], stages)
+def _require_weighted(
+    model: Output | str | None, stage: PlannedStage, stages: Mapping[str, PlannedStage]
+) -> None:
+    """Refuse a reward model whose scores a stage's weighting cannot make one reward of."""
+    names = _score_names(model, stages)
     # A single score is the reward, whatever its name.
     if names is None or len(names) == 1:
         return
     try:
         _weighting(stage.settings["weights"]).vector(names)
     except UserError as error:
-        model = stages[groups.stage].stage.overrides["model"]
         told = f"stage {model.stage}" if isinstance(model, Output) else model
         raise UserError(f"{error} (pipeline.weights=…); the model is that of {told}") from error
 
 
-def _score_names(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> Sequence[str] | None:
-    """Names of the scores that a stage gives; None if they are not known."""
-    model = stage.stage.overrides.get("model")
-    if stage.stage.command != "annotate" or _is_behind_server(stage):
-        return None
+def _score_names(
+    model: Output | str | None, stages: Mapping[str, PlannedStage]
+) -> Sequence[str] | None:
+    """Names of the scores of a reward model; None if they are not known.
+
+    Raises:
+        UserError: If it is known to be none.
+    """
+    _require_kind("reward model", model, stages)
     if isinstance(model, Output):
         names: list[str] | None = stages[model.stage].settings["attributes"]
         return names
@@ -111,11 +155,9 @@ def _weighting(node: Mapping[str, Any]) -> AttributeWeights:
     return AttributeWeights(node["name"], node["values"])
 
 
-def _is_behind_server(stage: PlannedStage) -> bool:
-    return stage.settings["rewarder.path"] is None
-
-
-def _require_kind(wanted: str, model: object, stages: Mapping[str, PlannedStage]) -> None:
+def _require_kind(
+    wanted: str, model: Output | str | None, stages: Mapping[str, PlannedStage]
+) -> None:
     """Refuse a model that is known to be of another kind."""
     if isinstance(model, Output):
         start = str(stages[model.stage].settings["model._target_"])
@@ -133,7 +175,7 @@ def _require_kind(wanted: str, model: object, stages: Mapping[str, PlannedStage]
         raise UserError(f"needs a {wanted}, but {model} is a {other}")
 
 
-def _folder(model: object) -> Path | None:
+def _folder(model: Output | str | None) -> Path | None:
     """The folder of a model that is given; None if it is a stage's, or on the Hub."""
     if not isinstance(model, str):
         return None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from helpsteer2.errors import ConfigError
 from helpsteer2.records import flat
 
-OUTPUTS = ("export", "exports", "groups.jsonl", "reference", "train.jsonl")
+OUTPUTS = ("export", "exports", "groups.jsonl", "reference", "statistics.json", "train.jsonl")
 """Files and folders of a run that another stage may read; all else is of the run alone.
 
 ``result.json`` is not among them: it has times in it, so whatever read it would be stale as soon as

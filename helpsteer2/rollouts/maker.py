@@ -28,6 +28,7 @@ from helpsteer2.data.planner import consecutive_bins
 from helpsteer2.data.sources.group_files import GroupFiles, write_groups
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.errors import UserError
+from helpsteer2.functional.autocast import cached_casts
 from helpsteer2.functional.sampling import stream_key
 from helpsteer2.generation.local import LocalSampler
 from helpsteer2.generation.sampling import sampled_group
@@ -190,7 +191,7 @@ class _Iteration:
         sampler = LocalSampler(self.learner.model, settings.engine)
         seed = stream_key(maker.seed, "rollouts", self.number) >> 1
         params = replace(settings.sampling, seed=seed)
-        with self._timed("sampling"):
+        with self._timed("sampling"), cached_casts(self.device.type):
             for number, path in self._missing(SAMPLES, ".jsonl"):
                 samples = dict(
                     (group.id, sampled_group(group, drawn, sampler.ids_hash))
@@ -205,7 +206,8 @@ class _Iteration:
             with self._timed("watching"):
                 self._score_stage(f"{WATCHED}_{name}", watcher)
         with self._timed("log-probs"):
-            self._array_stage(LOGPROBS, self._own_columns)
+            with cached_casts(self.device.type):
+                self._array_stage(LOGPROBS, self._own_columns)
             with maker.reference.ready(self.learner.model) as reference:
                 self._array_stage(
                     REFERENCE,
@@ -269,7 +271,9 @@ class _Iteration:
             self.report(stage, done, total)
 
     def _score_stage(self, stage: str, scorer: RewardFunction) -> None:
-        self._array_stage(stage, lambda number: scorer.scores(self.groups(number)))
+        # A reward model has a dtype of its own, the same as behind a server.
+        with torch.autocast(self.device.type, enabled=False):
+            self._array_stage(stage, lambda number: scorer.scores(self.groups(number)))
 
     def _array_stage(self, stage: str, make: Callable[[int], npt.NDArray[np.float32]]) -> None:
         for number, path in self._missing(stage, ".npy"):

@@ -15,6 +15,7 @@ import pytest
 
 from helpsteer2.commands import CONFIG_COMMANDS
 from helpsteer2.commands import check as check_command
+from helpsteer2.commands.launch import build
 from helpsteer2.config.checked import check
 from helpsteer2.config.compose import conf_dir
 from helpsteer2.data.lengths import LengthLimits
@@ -35,11 +36,10 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def recipe(name: str) -> IterativeDPO:
+def recipe(name: str) -> Pipeline:
     (job,) = check(CONFIG_COMMANDS["pipeline"], [f"experiment=pipeline/{name}"]).jobs
-    node: Mapping[str, Any] = job["pipeline"]
-    given = {key: value for key, value in node.items() if key != "_target_" and value is not None}
-    return IterativeDPO(**given)
+    made: Pipeline = build({"pipeline": job.given("pipeline")})["pipeline"]
+    return made
 
 
 def planned(
@@ -67,9 +67,7 @@ def reward_model(folder: Path, *names: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_stage_of_every_recipe_is_valid(name: str, tmp_path: Path) -> None:
     stages = planned(recipe(name), tmp_path)
-    last = f"dpo_{recipe(name).iterations}"
     assert next(iter(stages)) == "sft"
-    assert last in stages
     for name, stage in stages.items():
         if name.startswith("dpo"):
             # The reference is of the same ids, in the same precision.

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from helpsteer2.commands.quickstart import policies_table, reward_tables
+from helpsteer2.commands.quickstart import policies, policies_table, reward_tables
 
 PROGRAM = [sys.executable, "-m", "helpsteer2", "quickstart"]
 SMALL = [
@@ -28,6 +28,19 @@ SMALL = [
     "pipeline.sample.max_prompts=8",
     "pipeline.sample.sampling.n=3",
     "pipeline.sample.sampling.max_tokens=12",
+    "pipeline.prompts.data.groups=64",
+    *(
+        f"{key}.{value}"
+        for key in ("+pipeline.methods.ppo", "+pipeline.methods.rloo")
+        for value in (
+            "rollouts.prompts=4",
+            "rollouts.sampling.n=2",
+            "rollouts.sampling.max_tokens=12",
+            "batching.global_batch=4",
+        )
+    ),
+    "pipeline.methods.ppo.batching.max_steps=4",
+    "pipeline.methods.rloo.batching.max_steps=2",
 ]
 
 
@@ -71,6 +84,23 @@ def test_the_policies_table_has_every_policy_and_what_is_best() -> None:
         "2.50", "[2.40,", "2.60]", "25%", "[15%,", "35%]", "3.5", "[3.4,", "3.6]", "12.3",
     ]  # fmt: skip
     assert any(row[:4] == ["the", "best", "answers", "4.00"] for row in rows)
+
+
+def test_policies_stand_in_the_order_in_which_they_are_told_of() -> None:
+    stages = ("sft", "dpo", "reward_model", "dpo_1", "dpo_2", "statistics", "ppo", "rloo")
+    result: dict[str, Any] = {
+        "folders": {stage: f"stages/{stage}-0" for stage in stages},
+        "config": {"pipeline": {"iterations": 2, "methods": {"ppo": {}, "own": None, "rloo": {}}}},
+    }
+    found = policies(result)
+    rows = ["SFT", "DPO on pairs", "iteration 1", "iteration 2", "PPO", "RLOO"]
+    assert list(found) == rows
+    exports = [f"stages/{stage}-0/export" for stage in stages if stage[:3] not in ("rew", "sta")]
+    assert list(found.values()) == exports
+    # A policy that was given is not trained.
+    result["folders"].pop("sft")
+    result["config"]["pipeline"]["policy"] = "some/policy"
+    assert policies(result) == {**found, "SFT": "some/policy"}
 
 
 def predictor(mse: float, pearson: float | None, right: float) -> dict[str, Any]:
@@ -119,14 +149,14 @@ def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: 
 
     record = json.loads((run_dir / "evaluation" / "result.json").read_text(encoding="utf-8"))
     results = [metrics["world_policy"] for metrics in record["metrics"].values()]
-    assert len(results) == 3
+    assert len(results) == 5
     rows = [line.strip() for line in ran.stdout.splitlines()]
-    policies = ("SFT ", "DPO on pairs ", "iteration 1 ")
-    for name, result in zip(policies, results, strict=True):
-        (row,) = (line for line in rows if line.startswith(name))
+    names = ("SFT ", "DPO on pairs ", "iteration 1 ", "PPO ", "RLOO ")
+    for name, result in zip(names, results, strict=True):
+        (row,) = (line for line in rows if line.startswith(name) and " [" in line)
         figures = result["weightings"]["helpsteer2_rlhf"]
         assert f"{figures['sampled']['value']:.2f} [" in row
-        assert name == policies[0] or f"{result['kl']['value']:.1f} [" in row
+        assert name == names[0] or f"{result['kl']['value']:.1f} [" in row
     assert any(line.startswith("the best answers  ") and "4.00" in line for line in rows)
 
     # The reward model by the oracle, which the annotators whom it learned from are not.
@@ -161,9 +191,9 @@ def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    names = (*policies, *judged["ratings"]["attributes"], "all", "best of", "the best answers")
+    told_of = (*names, *judged["ratings"]["attributes"], "all", "best of", "the best answers")
     tables = [
-        [line for line in told.splitlines() if line.strip().startswith(names)]
+        [line for line in told.splitlines() if line.strip().startswith(told_of)]
         for told in (ran.stdout, again.stdout)
     ]
     assert tables[0] == tables[1]

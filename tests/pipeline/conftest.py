@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from helpsteer2.pipeline import contents as contents_module
 from helpsteer2.pipeline.plan import Commands
 from helpsteer2.pipeline.stages import Pipeline
 from tests.pipeline import recipe, tiny
+from tests.pipeline.processes import Start, command, finish, kill_with_children
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,12 +106,8 @@ class Place:
         return Path(entry["folder"])
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    conf = recipe.write_conf(tmp_path)
-    (tmp_path / "data.txt").write_text("what everything depends on")
-    commands = Commands(recipe.COMMANDS, tiny.PROGRAM, conf)
-    # Composing the same again takes longer than a stage.
+def remember_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose nothing twice: that takes longer than a stage."""
     composed: dict[str, Any] = {}
     settings = Commands.settings
 
@@ -120,6 +117,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         return composed[repr(arguments)]
 
     monkeypatch.setattr(Commands, "settings", remembered)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    conf = recipe.write_conf(tmp_path)
+    (tmp_path / "data.txt").write_text("what everything depends on")
+    commands = Commands(recipe.COMMANDS, tiny.PROGRAM, conf)
+    remember_compositions(monkeypatch)
     monkeypatch.setattr(pipeline_command, "commands_of_run", lambda: commands)
     monkeypatch.setattr(sys, "argv", ["helpsteer2"])
     monkeypatch.setenv(tiny.STARTS, str(tmp_path / "starts"))
@@ -144,3 +149,37 @@ def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(contents_module, "_SETTLED_NS", 0)
     monkeypatch.setattr(contents_module, "_digest", counted)
     return names
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a process; what a failing test leaves is killed."""
+    started = []
+
+    def call(arguments: Sequence[str]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            kill_with_children(process)
+
+
+@pytest.fixture
+def models(start: Start, tmp_path: Path) -> Path:
+    """Folder of two runs, ``sft`` and ``regression``: a tiny policy and a tiny reward model."""
+    small = (
+        "backbone=tiny", "data.groups=32", "data.validation_groups=8", "batching.max_steps=2",
+        "batching.global_batch=8",
+    )  # fmt: skip
+    trained = [
+        start(command("train", *small, f"module={module}", f"run_dir={tmp_path / module}"))
+        for module in ("sft", "regression")
+    ]
+    for process in trained:
+        finish(process)
+    return tmp_path

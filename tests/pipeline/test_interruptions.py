@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from helpsteer2.pipeline.process import _chunks
 from tests.pipeline.conftest import Place
+from tests.pipeline.processes import children, wait_for
 
 SLOWLY = ("+pipeline.first.seconds=0.1", "+pipeline.second.seconds=0.1")
 """Three steps of a tenth of a second each in both models."""
@@ -24,21 +24,6 @@ SLOWLY = ("+pipeline.first.seconds=0.1", "+pipeline.second.seconds=0.1")
 
 def outputs(place: Place) -> dict[str, Any]:
     return {entry["name"]: entry["outputs"] for entry in place.manifest()}
-
-
-def wait_for(
-    condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 100
-) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(number) for number in path.read_text().split()]
 
 
 def progress(place: Place) -> int:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpsteer2.pipeline.record import Record
-from tests.pipeline.conftest import ROOT
-from tests.pipeline.test_interruptions import children, wait_for
+from tests.pipeline.processes import (
+    Start,
+    command,
+    finish,
+    in_folder,
+    kill_with_children,
+    made,
+    wait_for,
+)
 
 RECIPE = """
 defaults:
@@ -52,81 +52,17 @@ SIGNS = {
 """Of one stage a command: the file that tells that it is at work, once it has more bytes than that:
 beyond the key of the scores, and beyond the first block of samples."""
 
-Start = Callable[[Sequence[str]], subprocess.Popen[str]]
-
-OF_THE_RUN = {"tokens_in_this_run", "tokens_per_second"}
-"""Metrics that tell how a stage went, not what it made."""
-
-
-def command(name: str, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "helpsteer2", name, *overrides]
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    text = process.communicate(timeout=1000)[0]
-    assert process.returncode == 0, text
-
-
-def kill_with_children(process: subprocess.Popen[str]) -> None:
-    stages = children(process)
-    process.kill()
-    for number in stages:
-        os.killpg(number, signal.SIGKILL)  # it leads a session of its own
-    process.communicate()
-
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a process; what a failing test leaves is killed."""
-    started = []
-
-    def call(arguments: Sequence[str]) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        started.append(process)
-        return process
-
-    yield call
-    for process in started:
-        if process.poll() is None:
-            kill_with_children(process)
-
-
-@pytest.fixture
-def pipeline(start: Start, tmp_path: Path) -> list[str]:
-    """The command line, but for where the run and its stages are; its models are made."""
-    small = (
-        "backbone=tiny", "data.groups=32", "data.validation_groups=8", "batching.max_steps=2",
-        "batching.global_batch=8",
-    )  # fmt: skip
-    trained = [
-        start(command("train", *small, f"module={module}", f"run_dir={tmp_path / module}"))
-        for module in ("sft", "regression")
-    ]
-    for process in trained:
-        finish(process)
+def pipeline(models: Path, tmp_path: Path) -> list[str]:
+    """The command line, but for where the run and its stages are."""
     (tmp_path / "conf" / "pipeline").mkdir(parents=True)
     (tmp_path / "conf" / "pipeline" / "short.yaml").write_text(RECIPE)
     return command(
         "pipeline", f"--config-dir={tmp_path / 'conf'}", "pipeline=short",
-        f"pipeline.policy={tmp_path / 'sft' / 'export'}",
-        f"pipeline.reward_model={tmp_path / 'regression' / 'export'}",
+        f"pipeline.policy={models / 'sft' / 'export'}",
+        f"pipeline.reward_model={models / 'regression' / 'export'}",
     )  # fmt: skip
-
-
-def in_folder(folder: Path) -> list[str]:
-    return [f"run_dir={folder / 'run'}", f"stages_dir={folder / 'stages'}"]
-
-
-def made(folder: Path) -> dict[str, Any]:
-    """All that the stages have made but times, by stage."""
-    stages = {}
-    for entry in json.loads((folder / "run" / "manifest.json").read_text())["stages"]:
-        result = json.loads((Path(entry["folder"]) / "result.json").read_text())
-        metrics = {key: value for key, value in result["metrics"].items() if key not in OF_THE_RUN}
-        stages[entry["name"]] = (entry["outputs"], metrics)
-    return stages
 
 
 def is_at_work(stages_dir: Path, name: str) -> bool:

@@ -65,7 +65,7 @@ def test_mistakes_of_the_order_are_told_together() -> None:
         "stage a: no earlier stage is named 'b'",
         "stage b: there is no command 'tarin'",
         "stage b: 'checkpoints/last.ckpt' is no output of a stage: export, exports, groups.jsonl, "
-        "reference, train.jsonl",
+        "reference, statistics.json, train.jsonl",
         "two stages are named 'b'",
     ]
 
