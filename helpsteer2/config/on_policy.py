@@ -166,6 +166,17 @@ def nothing_is_set_in_vain(settings: Settings) -> Iterator[Finding]:
         )
 
 
+def steps_begin_where_samples_came_from(settings: Settings) -> Iterator[Finding]:
+    """With dropout the policy that learns is not the one that was sampled and measured."""
+    dropout = settings.number("backbone.lora.dropout")
+    if _samples(settings) and dropout:
+        yield (
+            "backbone.lora.dropout",
+            f"has to be 0 for {_module(settings)}, got {dropout}: a policy under dropout is not "
+            "the one that sampled what it learns from",
+        )
+
+
 def _scorers(settings: Settings) -> Iterator[tuple[str, str]]:
     """Every node that opens a reward model for rollouts: its dotted path, and what it opens."""
     for path, target in settings.nodes():
@@ -306,6 +317,7 @@ ON_POLICY_RULES = (
     penalty_pulls,
     policy_samples_in_this_process,
     nothing_is_set_in_vain,
+    steps_begin_where_samples_came_from,
     scorers_are_where_they_are_looked_for,
     models_are_of_the_right_kind,
     scores_are_weighted,

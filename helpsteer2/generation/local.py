@@ -256,12 +256,13 @@ class LocalSampler:
         return self._draw(cohorts, self._logits(hidden), truncation)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """``(B, V)`` float32."""
-        hidden = hidden.to(self._head.dtype)
-        if self._head.dtype == torch.float32:
-            return torch.nn.functional.linear(hidden, self._head, self._head_bias)
-        logits = torch.mm(hidden, self._head.T, out_dtype=torch.float32)
-        return logits if self._head_bias is None else logits.add_(self._head_bias)
+        """``(B, V)`` float32, whatever autocast says."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(self._head.dtype)
+            if self._head.dtype == torch.float32:
+                return torch.nn.functional.linear(hidden, self._head, self._head_bias)
+            logits = torch.mm(hidden, self._head.T, out_dtype=torch.float32)
+            return logits if self._head_bias is None else logits.add_(self._head_bias)
 
     @staticmethod
     def _draw(cohorts: list[Cohort], logits: Tensor, truncation: Truncation) -> list[Ended]:

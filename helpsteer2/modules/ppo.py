@@ -74,6 +74,10 @@ class PPOModule(OnPolicyModule):
                 "module.critic_first_steps has to be 0 or more and module.critic_lr above 0, got "
                 f"{critic_first_steps} and {critic_lr}"
             )
+        if critic_warmup_steps is not None and critic_warmup_steps < 0:
+            raise UserError(
+                f"module.critic_warmup_steps has to be 0 or more, got {critic_warmup_steps}"
+            )
         super().__init__(
             model,
             loss=loss,

@@ -65,6 +65,8 @@ class RolloutSettings:
         for name in ("prompts", "epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"rollouts.{name} has to be 1 or more, got {getattr(self, name)}")
+        if self.penalty < 0:
+            raise UserError(f"rollouts.penalty has to be 0 or more, got {self.penalty}")
         if self.max_kl is not None and not self.max_kl > 0:
             raise UserError(f"rollouts.max_kl has to be above 0, got {self.max_kl}")
         for name, wanted in AS_IT_IS.items():

@@ -67,6 +67,13 @@ def scored_by(model: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("module", ["ppo", "reinforce"])
+def test_adapters_of_a_policy_that_samples_have_no_dropout(module: str) -> None:
+    assert mistakes(module, backbone__lora=LORA) == []
+    (found,) = mistakes(module, backbone__lora={**LORA, "dropout": 0.1})
+    assert found.path == "backbone.lora.dropout"
+
+
+@pytest.mark.parametrize("module", ["ppo", "reinforce"])
 def test_a_module_with_a_policy_and_a_reward_model_is_a_whole_configuration(module: str) -> None:
     assert mistakes(module) == []
     (job,) = check(TRAIN, [f"module={module}", *GIVEN]).jobs
