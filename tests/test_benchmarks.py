@@ -241,3 +241,12 @@ def test_sampling_runs(tmp_path: Path) -> None:
     assert ours["times_generate"]["fastest"] == "generate_6_dynamic"
     assert ours["roofline"]["median"] > 0
     assert sum(case["profiles"]["ours_6"].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_exact_optima_runs(tmp_path: Path) -> None:
+    options = ["--iterations", "2", "--copies", "1"]
+    record = run_benchmark("exact_optima", tmp_path / "record.json", *options)
+    assert len(record["runs"]) == 20
+    assert all(0 < run["reward"] < run["best_reward"] <= 1 for run in record["runs"])
+    assert record["command"].startswith("python -m experiments.benchmarks.exact_optima")

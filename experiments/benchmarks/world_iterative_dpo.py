@@ -43,11 +43,17 @@ PROMPTS_SEED = 1003
 """Seed of the prompts that policies answer; those of validation are in the training of no seed."""
 
 
-def pipeline(folder: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run the pipeline, or go on with it: the folder of every policy and the seconds it took."""
+def pipeline(
+    folder: Path,
+    seed: int,
+    overrides: Sequence[str],
+    experiment: str = "pipeline/world_iterative_dpo",
+    names: Mapping[str, str] = STAGES,
+) -> dict[str, Any]:
+    """Run a pipeline, or go on with it: the folder of every policy and the seconds it took."""
     command = [
         *(sys.executable, "-m", "helpsteer2", "pipeline"),
-        "experiment=pipeline/world_iterative_dpo",
+        f"experiment={experiment}",
         *(f"run_dir={folder}", f"stages_dir={folder / 'stages'}", f"seed={seed}"),
         "pipeline.evaluate=null",
         *overrides,
@@ -57,7 +63,7 @@ def pipeline(folder: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
     stages = json.loads((folder / "result.json").read_text())["folders"]
-    exports = {name: str(Path(stages[stage]) / "export") for name, stage in STAGES.items()}
+    exports = {name: str(Path(stages[stage]) / "export") for name, stage in names.items()}
     return {"seconds": time.monotonic() - start, "exports": exports}
 
 

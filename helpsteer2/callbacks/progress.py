@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 WINDOW_STEPS = 20
 """Speed is the mean over so many of the latest steps."""
 
+SILENT_SECONDS = 30.0
+"""Longest time without a line in the log while rollouts are made."""
+
 
 class Throughput:
     """Groups and tokens a second, without the time of validation and saving.
@@ -85,6 +88,7 @@ class ProgressReport(pl.Callback):
         self._since = 0.0
         self._interrupted = False
         self._seen = (0, 0)
+        self._told = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the bar where training starts."""
@@ -167,6 +171,9 @@ class ProgressReport(pl.Callback):
         """
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], text=f"{stage} {done}/{total}")
+        elif time.monotonic() - self._told > SILENT_SECONDS:
+            self._told = time.monotonic()
+            logger.info("rollouts: %s %d/%d", stage, done, total)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""

@@ -15,7 +15,7 @@ from helpsteer2.callbacks.wandb import WandbView
 from helpsteer2.data.groups import Group
 from helpsteer2.plots import curves, save
 from helpsteer2.rollouts.datamodule import RolloutDataModule
-from helpsteer2.rollouts.store import Rollouts
+from helpsteer2.rollouts.store import RECORD, Rollouts, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -34,44 +34,73 @@ class RolloutReport(pl.Callback):
     Args:
         run_dir: Folder of the run; the plot goes to its ``plots``.
         view: An open W&B run, or None.
+
+    Attributes:
+        update_seconds: Time of all optimizer steps so far.
     """
 
     def __init__(self, run_dir: Path, view: WandbView | None) -> None:
         self.run_dir, self.view = run_dir, view
+        self.update_seconds = 0.0
         self._rollouts: Rollouts | None = None
-        self._since = 0.0
+        self._of_iteration = self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Times so far, so that a resumed run reports the whole."""
+        return {"update_seconds": self.update_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.update_seconds = state_dict["update_seconds"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Tell of rollouts that are new."""
-        found = _datamodule(trainer).rollouts
-        if found is None or found is self._rollouts:
-            return
-        self._rollouts, self._since = found, time.perf_counter()
-        if self.view is not None:
-            step = trainer.global_step
-            self.view.log_table("rollouts", *response_table(found), step)
+        """Show rollouts that are new, and start the clock of a step."""
+        self._show_new(trainer)
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop the clock."""
+        spent = time.perf_counter() - self._since
+        self.update_seconds, self._of_iteration = (
+            self.update_seconds + spent, self._of_iteration + spent,
+        )  # fmt: skip
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell how the iteration was and where its time went."""
-        data = _datamodule(trainer)
         # An iteration that ends the run has no step.
-        if data.rollouts is None or data.rollouts is not self._rollouts:
+        self._show_new(trainer)
+        if self._rollouts is None or not trainer.is_global_zero:
             return
-        seconds = {
-            **self._rollouts.record["seconds"],
-            UPDATE: time.perf_counter() - self._since,
-        }
-        number = data.rollouts.number + 1
+        seconds = {**self._rollouts.record["seconds"], UPDATE: self._of_iteration}
+        number = self._rollouts.number + 1
         logger.info("iteration %d: %s; %s", number, told(self._rollouts), times_told(seconds))
         if self.view is not None:
             times = {f"time/{stage}": spent for stage, spent in seconds.items()}
             self.view.log_metrics(times, trainer.global_step)
 
+    def _show_new(self, trainer: pl.Trainer) -> None:
+        found = _datamodule(trainer).rollouts
+        if found is None or found is self._rollouts:
+            return
+        self._rollouts, self._of_iteration = found, 0.0
+        if self.view is not None:
+            self.view.log_table("rollouts", *response_table(found), trainer.global_step)
+            self.view.log_metrics(found.metrics, trainer.global_step)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what was won against what it cost, also if all steps were made before."""
         if not trainer.is_global_zero:
             return
-        metrics = [one.metrics for one in iterations(_datamodule(trainer).maker.folder)]
+        try:
+            self._draw(trainer)
+        # The model is trained and not exported yet: no picture is worth losing that.
+        except Exception as error:
+            logger.warning("the plot of the rollouts could not be made: %s", error, exc_info=True)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        metrics = [record["metrics"] for record in records(_datamodule(trainer).maker.folder)]
+        if not metrics:
+            return
         names = _curves(metrics[0])
         figure = curves(
             {name: [of["rollout/kl"] for of in metrics] for name in names},
@@ -91,37 +120,35 @@ def _datamodule(trainer: pl.Trainer) -> RolloutDataModule:
     return data
 
 
-def iterations(folder: Path) -> list[Rollouts]:
-    """The finished iterations of a run, in order.
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Records of the finished iterations of a run, in order.
 
     Args:
-        folder: The run's ``rollouts``.
+        folder: The run's ``rollouts``. Of an iteration that was learned from nothing else has to
+            be there any more.
     """
-    return [
-        Rollouts(path) for path in sorted(folder.glob("iteration_*")) if Rollouts.is_whole(path)
-    ]
+    return [read_record(path.parent) for path in sorted(folder.glob(f"iteration_*/{RECORD}"))]
 
 
-def summary_of(folder: Path, seconds_in_steps: float) -> dict[str, Any]:
+def summary_of(folder: Path, update_seconds: float) -> dict[str, Any]:
     """What a run's record keeps of its rollouts.
 
     Args:
         folder: The run's ``rollouts``.
-        seconds_in_steps: Time of all steps, the making of rollouts included.
+        update_seconds: Time of the optimizer steps.
 
     Returns:
         ``iterations``, the metrics of the ``first`` and the ``last`` of them, and ``seconds`` by
         stage over all.
     """
-    found = iterations(folder)
+    found = records(folder)
     seconds: dict[str, float] = {}
-    for rollouts in found:
-        for stage, spent in rollouts.record["seconds"].items():
+    for record in found:
+        for stage, spent in record["seconds"].items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
-    seconds[UPDATE] = max(0.0, seconds_in_steps - sum(seconds.values()))
     ends = {"first": found[0], "last": found[-1]} if found else {}
-    metrics = {name: dict(rollouts.metrics) for name, rollouts in ends.items()}
-    return {"iterations": len(found), **metrics, "seconds": seconds}
+    metrics = {name: record["metrics"] for name, record in ends.items()}
+    return {"iterations": len(found), **metrics, "seconds": {**seconds, UPDATE: update_seconds}}
 
 
 def _curves(metrics: Mapping[str, float]) -> dict[str, str]:

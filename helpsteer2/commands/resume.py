@@ -20,10 +20,12 @@ MAY_CHANGE = (
     "batching.epochs", "batching.max_steps", "batching.tokens_per_microbatch",
     "backbone.gradient_checkpointing", "schedule.checkpoint_every", "schedule.export",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-    "rollouts.offload",
+    "rollouts.offload", "rollouts.engine.cache_tokens", "rollouts.engine.max_rows",
+    "rollouts.engine.prefill_tokens", "rollouts.rewarder", "reward_model",
 )  # fmt: skip
 """Keys that may differ when a run is resumed: they decide where it runs, how long, and what is
-kept, not what a step computes (but for rounding). Of on-policy training the weighting decides."""
+kept, not what a step computes (but for rounding). Of on-policy training the weighting decides;
+where the reward model is does not, it is known by its hash."""
 
 LENGTH = ("batching.epochs", "batching.max_steps")
 """Those of them that decide the rate of every step, if it decays towards the last one."""
@@ -51,7 +53,7 @@ def finished_result(folder: RunFolder, config: Mapping[str, Any] | None) -> dict
     if config is None or kept is None:
         return result
     differing = differing_keys(kept, config)
-    refused = {key: values for key, values in differing.items() if not _may_change(key, kept)}
+    refused = {key: values for key, values in differing.items() if not may_change(key, kept)}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
         raise UserError(
@@ -62,7 +64,13 @@ def finished_result(folder: RunFolder, config: Mapping[str, Any] | None) -> dict
     return None if unfinished else result
 
 
-def _may_change(key: str, kept: Mapping[str, Any]) -> bool:
+def may_change(key: str, kept: Mapping[str, Any]) -> bool:
+    """Whether a run may go on under another value.
+
+    Args:
+        key: Dotted key of the configuration.
+        kept: The configuration that the run has begun with.
+    """
     decays = (kept.get("module") or {}).get("decay", "constant") != "constant"
     if decays and is_among(key, LENGTH):
         return False

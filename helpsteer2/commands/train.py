@@ -190,10 +190,11 @@ class _Run:
                 logger.info("%s: %s", stopped, again)
                 raise SystemExit(128 + stopped.signal) from None
             except torch.OutOfMemoryError as error:
+                sampling = "" if self.rollouts is None else ", rollouts.offload=true"
                 raise UserError(
                     f"the device's memory is full ({str(error).splitlines()[0]}): lower "
                     "batching.tokens_per_microbatch (results do not change) or set "
-                    "backbone.gradient_checkpointing=true; the same command resumes"
+                    f"backbone.gradient_checkpointing=true{sampling}; the same command resumes"
                 ) from error
             except OSError as error:
                 if error.errno not in FULL_DISK:
@@ -257,7 +258,8 @@ class _Run:
         self, trainer: pl.Trainer, stop: StopSignals, stage: str, done: int, total: int
     ) -> None:
         """Show how far an iteration is; nothing is at stake between its blocks."""
-        self.progress.show_stage(stage, done, total)
+        if trainer.is_global_zero:
+            self.progress.show_stage(stage, done, total)
         if stop.received is not None and trainer.world_size == 1:
             raise StopRequested(stop.received)
 
@@ -322,7 +324,8 @@ class _Run:
             checkpoints,
         ]  # fmt: skip
         if isinstance(datamodule, RolloutDataModule):
-            trainer.callbacks.insert(0, RolloutReport(self.folder.path, view))
+            self.rollout_report = RolloutReport(self.folder.path, view)
+            trainer.callbacks.insert(0, self.rollout_report)
         trainer.fit_loop.epoch_loop.max_steps = datamodule.total_steps
         last = self.folder.checkpoints / LAST
         resume = trainer.strategy.broadcast(str(last) if last.exists() else None)
@@ -362,8 +365,8 @@ class _Run:
             config=self.config,
         )
         if isinstance(data, RolloutData):
-            in_steps = self.progress.throughput.seconds
-            result["rollouts"] = summary_of(self.folder.path / ROLLOUTS, in_steps)
+            seconds = self.rollout_report.update_seconds
+            result["rollouts"] = summary_of(self.folder.path / ROLLOUTS, seconds)
         self.report.publish(trainer.global_step)
         self.folder.write_result(result)
         finish_wandb(0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.callbacks.checkpoints import LAST, Cadence
-from helpsteer2.commands.resume import CONFIG, INPUTS
+from helpsteer2.commands.resume import CONFIG, INPUTS, may_change
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.train_data import DataSettings
 from helpsteer2.data.chat import BoundChat
@@ -48,6 +48,8 @@ class RolloutData:
         reward: What scores the answers.
         watched: Other scorers, by name.
         description: What the prompts are, in words.
+        start: Folder of the weights that training starts from, which are the reference, unless
+            another is named; None if they are random, or frozen beside adapters and checked there.
     """
 
     settings: RolloutSettings
@@ -57,6 +59,7 @@ class RolloutData:
     reward: RewardFunction
     watched: dict[str, RewardFunction]
     description: str
+    start: str | None
 
     train = None
     """There are no tokenised groups before the first rollouts."""
@@ -91,17 +94,25 @@ class RolloutData:
         watched = {
             name: RewardFunction.of(watcher(), weights) for name, watcher in settings.watch.items()
         }
+        if settings.offload:
+            for function in (reward, *watched.values()):
+                function.wait_on_cpu()
         description = f"prompts of {type(data.source).__name__} ({report.fingerprint[:12]})"
-        return cls(settings, chat, prompts, report, reward, watched, description)
+        is_loaded = backbone.init == "pretrained" and backbone.lora is None
+        start_path = backbone.path if is_loaded else None
+        return cls(settings, chat, prompts, report, reward, watched, description, start_path)
 
     def fingerprints(self) -> dict[str, Any]:
         """Hashes of all that rollouts depend on."""
-        path = self.settings.reference
+        path = self.settings.reference or self.start
+        standard = self.reward.standardisation
         return {
             "prompts": self.report.fingerprint,
             "tokenizer": tokenizer_hash(self.chat.tokenizer),
             "template": self.chat.template_hash,
             "reward_model": self.reward.rewarder.model_hash,
+            "watched": {name: by.rewarder.model_hash for name, by in self.watched.items()},
+            "standardisation": None if standard is None else [standard.mean, standard.std],
             "reference": None if path is None else policy_hash(path),
         }
 
@@ -179,8 +190,11 @@ def discard_stale(
     made = folder.path / ROLLOUTS
     if (folder.checkpoints / LAST).exists() or not made.exists():
         return
-    changed = differing_keys(folder.kept(CONFIG) or {}, config or {})
-    changed.pop("run_dir", None)
+    kept = folder.kept(CONFIG) or {}
+    changed = [key for key in differing_keys(kept, config or {}) if not may_change(key, kept)]
     if changed or differing_keys(folder.kept(INPUTS) or {}, fingerprints):
         logger.info("samples of other settings are thrown away: no step was made on them")
         shutil.rmtree(made)
+    # Later ones are of weights that a run without its checkpoint may not reach again.
+    for path in sorted(made.glob("iteration_*"))[1:]:
+        shutil.rmtree(path)

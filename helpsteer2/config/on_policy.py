@@ -152,18 +152,31 @@ def nothing_is_set_in_vain(settings: Settings) -> Iterator[Finding]:
     """A setting that another one keeps from having any effect."""
     if settings["rollouts"] is None:
         return
-    if settings.given("rollouts.sampling.seed") is not None:
-        yield "rollouts.sampling.seed", "every iteration has one of its own: use seed"
-    penalised = settings["rollouts.unfinished"] in (None, "penalise")
-    if settings.given("rollouts.penalty") is not None and not penalised:
-        yield "rollouts.penalty", "needs rollouts.unfinished=penalise"
+    penalises = settings["rollouts.unfinished"] in (None, "penalise")
     is_copy = settings["module.critic.init_from"] is None
-    if settings.given("module.critic.lora") is not None and is_copy:
-        yield (
+    for path, has_no_effect, told in (
+        ("rollouts.sampling.seed", True, "every iteration has one of its own: use seed"),
+        ("rollouts.engine.device", True, "samples are made where the policy trains: leave it out"),
+        ("rollouts.penalty", not penalises, "needs rollouts.unfinished=penalise"),
+        (
+            "rollouts.beyond_max_kl",
+            settings.given("rollouts.max_kl") is None,
+            "needs rollouts.max_kl=NATS, beyond which it says what happens",
+        ),
+        (
+            "module.kl.horizon",
+            settings.given("module.kl.target") is None,
+            "needs module.kl.target=NATS, towards which the coefficient is adapted",
+        ),
+        (
             "module.critic.lora",
+            is_copy,
             "a critic that is a copy of the policy has the policy's adapters (lora=default); these "
             "are for module.critic.init_from=DIR",
-        )
+        ),
+    ):
+        if has_no_effect and settings.given(path) is not None:
+            yield path, told
 
 
 def steps_begin_where_samples_came_from(settings: Settings) -> Iterator[Finding]:
@@ -189,6 +202,10 @@ def _told_at(settings: Settings, path: str) -> str:
     return "reward_model" if settings[path] == settings["reward_model"] else path
 
 
+def _is_address(value: str) -> bool:
+    return value.startswith(("http://", "https://"))
+
+
 def scorers_are_where_they_are_looked_for(settings: Settings) -> Iterator[Finding]:
     """A folder is opened in this process, an address by a client."""
     for path, target in _scorers(settings):
@@ -196,13 +213,27 @@ def scorers_are_where_they_are_looked_for(settings: Settings) -> Iterator[Findin
         value = None if key is None else settings[key]
         if key is None or not isinstance(value, str):
             continue
-        is_address = value.startswith(("http://", "https://"))
-        if is_address and target == LOCAL_SCORER:
+        if _is_address(value) and target == LOCAL_SCORER:
             yield _told_at(settings, key), f"is a server: choose scorer@{path}=http"
-        elif not is_address and target == REMOTE_SCORER:
+        elif not _is_address(value) and target == REMOTE_SCORER:
             yield (
                 _told_at(settings, key),
                 f"expected http://HOST:PORT, got {value}; scorer@{path}=local opens a folder",
+            )
+
+
+def weights_are_in_folders(settings: Settings) -> Iterator[Finding]:
+    """A server gives scores, but no weights to go on from."""
+    for path, instead in (
+        ("module.critic.init_from", "the critic is then a copy of the policy"),
+        ("rollouts.reference", "the reference is then the policy that training starts from"),
+    ):
+        value = settings[path]
+        if isinstance(value, str) and _is_address(value):
+            yield (
+                path,
+                f"{value} is a server, which hands out no weights: give the folder of the model, "
+                f"or null ({instead})",
             )
 
 
@@ -319,6 +350,7 @@ ON_POLICY_RULES = (
     nothing_is_set_in_vain,
     steps_begin_where_samples_came_from,
     scorers_are_where_they_are_looked_for,
+    weights_are_in_folders,
     models_are_of_the_right_kind,
     scores_are_weighted,
     critic_reads_the_ids_of_the_policy,

@@ -144,6 +144,19 @@ class LocalSampler:
         stops = [self.policy.spec.stop_token_id, self.chat.tokenizer.eos_token_id, *own]
         return tuple(sorted({token for token in stops if token is not None}))
 
+    def check(self, prompts: Iterable[Group], params: SamplingParams) -> None:
+        """Find out whether prompts can be answered.
+
+        Args:
+            prompts: Groups; their responses are not looked at.
+            params: How to draw.
+
+        Raises:
+            UserError: If a prompt cannot be rendered or a limit is too small for it.
+        """
+        for group in prompts:
+            self._request(group, params)
+
     def sample(
         self, prompts: Iterable[Group], params: SamplingParams
     ) -> Iterator[tuple[Group, list[Sample]]]:

@@ -127,8 +127,9 @@ class KLPenalty:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum the penalties of the responses, without the coefficient, to be differentiated.
 
-        Over an optimizer step the sum is divided by the responses that have a counted token. The
-        tokens that do not count reach neither loss nor gradient, not even as a NaN.
+        Over an optimizer step a sum over tokens is divided by what the policy gradient is divided
+        by, means by the responses that have a counted token. The tokens that do not count reach
+        neither loss nor gradient, not even as a NaN.
 
         Args:
             tokens: What the policy says of N response tokens.

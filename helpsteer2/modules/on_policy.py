@@ -86,11 +86,18 @@ class OnPolicyModule(StepModule):
         return float(self._iteration.get("kl_coefficient", self.kl.coefficient))
 
     def count(self, batch: PackedBatch) -> Tensor:
-        """Denominators of the policy gradient and of the KL penalty: ``(2,)`` int64."""
+        """Denominators of the policy gradient and of the KL penalty: ``(2,)`` int64.
+
+        A sum over tokens is divided as the policy gradient is, so that a nat costs its coefficient
+        however long responses are; a mean over the tokens of a response by the responses.
+        """
         rollout, responses = rollout_of(batch)
+        count = self.loss.count(rollout, responses)
+        if self.kl.reduction == "sum":
+            return torch.stack([count, count])
         with_tokens = torch.zeros(batch.layout.n_responses, device=responses.device)
         with_tokens.index_add_(0, responses, rollout.counted.float())
-        return torch.stack([self.loss.count(rollout, responses), (with_tokens > 0).sum()])
+        return torch.stack([count, (with_tokens > 0).sum()])
 
     def loss_sums(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The policy gradient, and the KL penalty if it stands in the loss."""
@@ -99,26 +106,32 @@ class OnPolicyModule(StepModule):
         loss, sums = self.loss(tokens, rollout)
         penalty, divergence = self.kl.loss_sum(tokens, rollout)
         if self.kl.place == "reward":
-            penalty = penalty.detach() * 0
+            penalty = torch.zeros_like(penalty)
+        penalty = self.kl_coefficient * penalty
+        losses = torch.stack([loss, penalty])
         logged = [*(sums[name] for name in POLICY_SUMS), divergence["k1"]]
-        return torch.stack([loss, self.kl_coefficient * penalty]), torch.stack(logged)
+        counts = self.count(batch)[:2].float()
+        return losses, torch.cat([losses.detach(), counts, torch.stack(logged)])
 
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """How far the policy is from the one that sampled, and the figures of the iteration.
 
         Returns:
-            Means over learned tokens: ``ratio`` (π over the policy that sampled), ``clip_fraction``
-            (share that clipping has stopped), ``approx_kl`` (nats a token from the policy that
-            sampled), ``entropy`` (nats a token) and ``kl_to_reference`` (k1, nats a token).
+            ``policy_loss`` and ``kl_loss``, the parts of the loss; and means over learned tokens:
+            ``ratio`` (π over the policy that sampled), ``clip_fraction`` (share that clipping has
+            stopped), ``approx_kl`` (nats a token from the policy that sampled), ``entropy`` (nats a
+            token) and ``kl_per_token`` (k1, nats from the reference).
         """
-        tokens, ratio, clipped, approx_kl, entropy, divergence = sums
-        tokens = max(tokens, 1.0)
+        loss, penalty, count, kl_count, tokens, *means = sums
+        ratio, clipped, approx_kl, entropy, divergence = (one / max(tokens, 1.0) for one in means)
         return {
-            "train/ratio": ratio / tokens,
-            "train/clip_fraction": clipped / tokens,
-            "train/approx_kl": approx_kl / tokens,
-            "train/entropy": entropy / tokens,
-            "train/kl_to_reference": divergence / tokens,
+            "train/policy_loss": loss / max(count, 1.0),
+            "train/kl_loss": penalty / max(kl_count, 1.0),
+            "train/ratio": ratio,
+            "train/clip_fraction": clipped,
+            "train/approx_kl": approx_kl,
+            "train/entropy": entropy,
+            "train/kl_per_token": divergence,
             **self._iteration.get("metrics", {}),
         }
 

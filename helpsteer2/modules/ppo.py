@@ -129,23 +129,25 @@ class PPOModule(OnPolicyModule):
         """The policy's losses, then the critic's."""
         losses, logged = super().loss_sums(batch)
         value_loss, sums = self.value_loss(self._critic(batch), rollout_of(batch)[0])
-        of_values = torch.stack([sums[name] for name in VALUE_SUMS])
+        of_values = torch.stack([value_loss.detach(), *(sums[name] for name in VALUE_SUMS)])
         return torch.cat([losses, value_loss.reshape(1)]), torch.cat([logged, of_values])
 
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """As in ``OnPolicyModule``, and of the critic.
 
         Returns:
-            Also ``value_error`` (mean squared error), ``value_clip_fraction`` and
+            Also ``value_loss``, ``value_error`` (mean squared error), ``value_clip_fraction`` and
             ``explained_variance`` (share of the variance of the returns; left out if they are all
             the same).
         """
-        n = len(VALUE_SUMS)
-        values = dict(zip(VALUE_SUMS, sums[-n:], strict=True))
+        n = len(VALUE_SUMS) + 1
+        value_loss, *of_values = sums[-n:]
+        values = dict(zip(VALUE_SUMS, of_values, strict=True))
         tokens = max(values["tokens"], 1.0)
         explained = explained_variance(values) if values["tokens"] else float("nan")
         return {
             **super().step_metrics(sums[:-n]),
+            "train/value_loss": value_loss / tokens,
             "train/value_error": values["squared_error"] / tokens,
             "train/value_clip_fraction": values["clipped"] / tokens,
             **({} if explained != explained else {"train/explained_variance": explained}),

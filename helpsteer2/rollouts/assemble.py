@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,8 +78,9 @@ def assemble(
         advantages: What makes advantages of rewards.
         kl: The penalty on leaving the reference.
         before: Record of the iteration before; None if this is the first.
-        seconds: Time of each stage so far.
+        seconds: Time of each stage so far; that of this one joins them.
     """
+    started = time.perf_counter()
     coefficient = kl.coefficient if before is None else before["next_kl_coefficient"]
     figures = Figures(reward, watched)
     parts = []
@@ -110,7 +112,7 @@ def assemble(
             "next_kl_coefficient": kl.next_coefficient(coefficient, metrics["rollout/kl"], samples),
             "rate_factor": rate,
             "stops": beyond and settings.beyond_max_kl == "stop",
-            "seconds": seconds,
+            "seconds": {**seconds, "assembling": time.perf_counter() - started},
             "fingerprint": folder.name,
         },
     )

@@ -15,6 +15,7 @@ from helpsteer2.data.packing import PackedBatch
 from helpsteer2.data.planner import StepPlan
 from helpsteer2.errors import UserError
 from helpsteer2.functional.sampling import stream_key
+from helpsteer2.generation.local import LocalSampler
 from helpsteer2.models.attention import AttentionChoice
 from helpsteer2.rollouts.maker import Learner, Ranks, Report, RolloutMaker
 from helpsteer2.rollouts.reference import ReferencePolicy
@@ -90,10 +91,13 @@ class RolloutDataModule(pl.LightningDataModule):
             attention: Attention backend of another reference.
 
         Raises:
-            UserError: If the critic or the reference cannot be used.
+            UserError: If the critic or the reference cannot be used, or the policy cannot sample
+                answers to one of the prompts.
         """
         learner.set_up(self.seed)
         settings = self.maker.settings
+        sampler = LocalSampler(learner.model, settings.engine)
+        sampler.check(self.maker.prompts.groups, settings.sampling)
         self.maker.reference = ReferencePolicy(
             learner.model, settings.reference, device, attention, settings.offload
         )
@@ -112,7 +116,15 @@ class RolloutDataModule(pl.LightningDataModule):
         assert trainer is not None
         iteration, first = divmod(trainer.global_step, self.steps_per_iteration)
         learner = cast("Learner", trainer.lightning_module)
-        self.maker.ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+        if first and not Rollouts.is_whole(self.maker.folder_of(iteration)):
+            raise UserError(
+                f"{self.maker.folder_of(iteration)} is not whole, and {first} steps were made on "
+                "it: the weights that sampled it are gone. Restore it, or choose another run_dir"
+            )
+        strategy = trainer.strategy
+        self.maker.ranks = Ranks(
+            trainer.global_rank, trainer.world_size, strategy.barrier, strategy.broadcast
+        )
         autocast = trainer.precision_plugin.forward_context
         self.rollouts = self.maker.make(iteration, learner, autocast, self.report)
         learner.begin_iteration(self.rollouts)
@@ -122,6 +134,8 @@ class RolloutDataModule(pl.LightningDataModule):
         """The steps that are left of the current iteration."""
         trainer = self.trainer
         assert trainer is not None
+        if trainer.global_step >= self.total_steps:
+            return  # Lightning asks before it looks whether anything is left to do
         rollouts, first = self.begin()
         if rollouts.record["stops"]:
             self._tell_of_stop(rollouts, trainer)

@@ -42,7 +42,7 @@ from helpsteer2.rollouts.prompts import Prompts
 from helpsteer2.rollouts.reference import ReferencePolicy, on_device
 from helpsteer2.rollouts.scoring import RewardFunction
 from helpsteer2.rollouts.settings import RolloutSettings
-from helpsteer2.rollouts.store import Rollouts
+from helpsteer2.rollouts.store import Rollouts, read_record
 
 Report = Callable[[str, int, int], None]
 """Told the stage, how many of its responses are done, and how many there are."""
@@ -80,11 +80,13 @@ class Ranks:
         rank: This one.
         world_size: How many.
         barrier: Waits for all.
+        broadcast: Tells all what the first one knows.
     """
 
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], object] = lambda: None
+    broadcast: Callable[[bool], bool] = lambda value: value
 
 
 class RolloutMaker:
@@ -150,7 +152,9 @@ class RolloutMaker:
                 call goes on from there.
         """
         folder = self.folder_of(iteration)
-        if not Rollouts.is_whole(folder):
+        if iteration:
+            read_record(self.folder_of(iteration - 1))  # is wanted when all else is made
+        if not self.ranks.broadcast(Rollouts.is_whole(folder)):
             work = _Iteration(self, iteration, learner, report)
             with _evaluating(learner), torch.no_grad(), autocast():
                 work.run()
@@ -177,8 +181,9 @@ class _Iteration:
         self.maker, self.number, self.learner, self.report = maker, number, learner, report
         self.folder = maker.folder_of(number)
         self.k = maker.settings.sampling.n
-        size = maker.settings.engine.prompts_per_block
         prompts = maker.prompts.of_iteration(number)
+        each = -(-len(prompts) // maker.ranks.world_size)
+        size = min(maker.settings.engine.prompts_per_block, each)
         self.blocks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
         self.seconds: dict[str, float] = {}
         self.device = learner.model.lm_head.weight.device
@@ -199,9 +204,7 @@ class _Iteration:
                 )
                 write_groups(path, (samples[group.id] for group in self.blocks[number]), ())
         with self._timed("scoring"):
-            model = getattr(maker.reward.rewarder, "model", None)
-            with on_device(model, self.device, settings.offload):
-                self._score_stage(SCORES, maker.reward)
+            self._score_stage(SCORES, maker.reward)
         for name, watcher in maker.watched.items():
             with self._timed("watching"):
                 self._score_stage(f"{WATCHED}_{name}", watcher)
@@ -220,19 +223,18 @@ class _Iteration:
         """Rewards, advantages, figures and the final files."""
         before = None
         if self.number:
-            before = Rollouts(self.maker.folder_of(self.number - 1)).record
-        with self._timed("assembling"):
-            assemble(
-                self.folder,
-                [self._block(number) for number in range(len(self.blocks))],
-                reward=self.maker.reward,
-                watched=self.maker.watched,
-                settings=self.maker.settings,
-                advantages=self.learner.advantages,
-                kl=self.learner.kl,
-                before=before,
-                seconds=self.seconds,
-            )
+            before = read_record(self.maker.folder_of(self.number - 1))
+        assemble(
+            self.folder,
+            [self._block(number) for number in range(len(self.blocks))],
+            reward=self.maker.reward,
+            watched=self.maker.watched,
+            settings=self.maker.settings,
+            advantages=self.learner.advantages,
+            kl=self.learner.kl,
+            before=before,
+            seconds=self.seconds,
+        )
 
     def groups(self, number: int) -> list[Group]:
         """The samples of a block."""
@@ -271,8 +273,10 @@ class _Iteration:
             self.report(stage, done, total)
 
     def _score_stage(self, stage: str, scorer: RewardFunction) -> None:
+        model = getattr(scorer.rewarder, "model", None)  # a server's is elsewhere
+        device, offload = self.device, self.maker.settings.offload
         # A reward model has a dtype of its own, the same as behind a server.
-        with torch.autocast(self.device.type, enabled=False):
+        with on_device(model, device, offload), torch.autocast(device.type, enabled=False):
             self._array_stage(stage, lambda number: scorer.scores(self.groups(number)))
 
     def _array_stage(self, stage: str, make: Callable[[int], npt.NDArray[np.float32]]) -> None:

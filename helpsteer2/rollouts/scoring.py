@@ -65,6 +65,12 @@ class RewardFunction:
             )
         return cls(rewarder, weights, found.standardisation(weights))
 
+    def wait_on_cpu(self) -> None:
+        """Move a reward model of this process off its device, until it is used."""
+        model = getattr(self.rewarder, "model", None)
+        if model is not None:
+            model.to("cpu")
+
     def scores(self, groups: Sequence[Group]) -> npt.NDArray[np.float32]:
         """Score all responses of some groups, each once.
 

@@ -40,8 +40,8 @@ class RolloutSettings:
             while the trained one rises, the policy exploits its reward model.
         max_kl: Most KL divergence from the reference, mean over the responses of an iteration, in
             nats a response; None for any.
-        beyond_max_kl: Beyond it ``stop`` ends the run, ``shrink`` halves the learning rates of each
-            iteration that is beyond it.
+        beyond_max_kl: Beyond it ``stop`` ends the run; ``shrink`` halves the learning rates from
+            there on, again at every iteration that is beyond it.
 
     Raises:
         UserError: If a value makes no sense.

@@ -23,6 +23,24 @@ OF_TOKENS = ("logprobs", "ref_logprobs", "advantages", "counted", "values", "ret
 """Columns of ``columns.npy``, of which the last two are there with a critic alone."""
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what a finished iteration is; see ``Rollouts.record``.
+
+    Args:
+        folder: Of the iteration.
+
+    Raises:
+        UserError: If there is no such file, or it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / RECORD} cannot be read ({error}): restore it, or choose another run_dir"
+        ) from error
+    return record
+
+
 class Rollouts:
     """One finished iteration; opening it costs no memory that grows with its size.
 
@@ -44,14 +62,14 @@ class Rollouts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.record = read_record(folder)
         try:
-            self.record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
             self._columns = np.load(folder / COLUMNS, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} holds no whole rollouts ({error}): remove it") from error
+            raise UserError(f"{folder} cannot be learned from ({error}): restore it") from error
         tokens = open_store(folder / TOKENS, self.record["fingerprint"])
         if tokens is None:
-            raise UserError(f"the tokens in {folder} are damaged: remove the folder")
+            raise UserError(f"the tokens in {folder} are missing or damaged: restore them")
         self._tokens: TokenisedGroups = tokens
         self.lengths: npt.NDArray[np.int64] = tokens.lengths
         counts = tokens.n_responses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpsteer2.callbacks.rollouts import iterations, response_table
+from helpsteer2.callbacks.rollouts import response_table, summary_of
 from helpsteer2.data.groups import Group, read_all
 from helpsteer2.data.sources.group_files import GroupFiles
 from helpsteer2.generation.local import LocalEngine
@@ -18,6 +20,7 @@ from helpsteer2.generation.sampling import SamplingParams
 from helpsteer2.losses.kl_penalty import KLPenalty
 from helpsteer2.rollouts.advantages import GAE, AgainstBaseline
 from helpsteer2.rollouts.figures import repetition
+from helpsteer2.rollouts.store import Rollouts
 from tests.rollouts.runs import Run, ToyPrompts, ToyScorer, iteration, make, metrics
 from tests.rollouts.test_columns import Response, flat, responses_of
 
@@ -119,7 +122,8 @@ def test_a_run_shows_its_path_and_leaves_groups_that_anyone_can_open(
 ) -> None:
     run_dir = tmp_path / "run"
     Run(policy, rollouts={"watch": {"negated": Negated}}).train(run_dir)
-    made = iterations(run_dir / "rollouts")
+    folders = sorted((run_dir / "rollouts").iterdir())
+    made = [Rollouts(path) for path in folders]
     assert [one.folder.name for one in made] == [f"iteration_{i:06d}" for i in range(3)]
     for number, rollouts in enumerate(made):
         first_step = metrics(run_dir)[4 * number + 1]
@@ -127,6 +131,11 @@ def test_a_run_shows_its_path_and_leaves_groups_that_anyone_can_open(
         assert told == pytest.approx(dict(rollouts.metrics), rel=1e-8, abs=1e-12)
     image = (run_dir / "plots/reward_against_kl.png").read_bytes()
     assert image.startswith(b"\x89PNG")
+    record = json.loads((run_dir / "result.json").read_text())["rollouts"]
+    assert (record["iterations"], record["last"]) == (3, dict(made[-1].metrics))
+    sampling = sum(one.record["seconds"]["sampling"] for one in made)
+    assert record["seconds"]["sampling"] == pytest.approx(sampling)
+    assert record["seconds"]["update"] > 0
     file = run_dir / "rollouts/iteration_000001/groups.jsonl"
     groups = list(read_all(GroupFiles(str(file)), "train"))
     assert groups == list(iteration(run_dir, 1).groups())
@@ -134,6 +143,19 @@ def test_a_run_shows_its_path_and_leaves_groups_that_anyone_can_open(
         assert len(group.responses) == len(group.rewards or ()) == 4
         assert group.score_names == ("letters", "length")
         assert [len(x) for x in group.response_ids or ()] == [len(x) for x in group.logprobs or ()]
+
+
+def test_the_record_of_a_run_needs_the_records_of_its_iterations_alone(
+    tmp_path: Path, policy: str
+) -> None:
+    run_dir = tmp_path / "run"
+    Run(policy).train(run_dir)
+    whole = summary_of(run_dir / "rollouts", 1.0)
+    for folder in (run_dir / "rollouts").iterdir():
+        shutil.rmtree(folder / "tokens")
+        (folder / "columns.npy").unlink()
+    assert summary_of(run_dir / "rollouts", 1.0) == whole
+    assert summary_of(tmp_path, 1.0) == {"iterations": 0, "seconds": {"update": 1.0}}
 
 
 def python_peak(folder: Path, policy: str, prompts: int) -> int:

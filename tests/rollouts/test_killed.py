@@ -154,6 +154,8 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
         assert_same(ours[part], theirs[part], part)
     for name in ("metrics.csv", "export/model.safetensors"):
         assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
+    made = [sorted(path.name for path in (run / "rollouts").iterdir()) for run in (run_dir, whole)]
+    assert made[0] == made[1]
     for number in range(WHOLE_ITERATIONS):
         mine, other = iteration(run_dir, number), iteration(whole, number)
         for name in ("groups.jsonl", "columns.npy"):

@@ -47,7 +47,8 @@ def moved(run_dir: Path, policy: str) -> dict[str, Tensor]:
 def plain_gradient(run_dir: Path, policy: str, kl: float, by_tokens: bool) -> dict[str, Tensor]:
     """Of the first iteration as one step, one response at a time through transformers' own model.
 
-    Policy gradient and ½ (log π − log π_ref)² of the counted tokens, each over its own count.
+    Policy gradient and ½ (log π − log π_ref)² of the counted tokens, over the same count: a nat has
+    one price.
     """
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     rollouts = iteration(run_dir)
@@ -71,7 +72,7 @@ def plain_gradient(run_dir: Path, policy: str, kl: float, by_tokens: bool) -> di
             gap = logprobs - torch.tensor(group.rollout.ref_logprobs[own])
             penalty = penalty + gap.square().sum() / 2
             tokens, responses = tokens + len(response), responses + 1
-    (-gain / (tokens if by_tokens else responses) + kl * penalty / responses).backward()
+    ((kl * penalty - gain) / (tokens if by_tokens else responses)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -1,0 +1,1 @@
+"""An on-policy iteration beside TRL's RLOOTrainer and PPOTrainer."""
