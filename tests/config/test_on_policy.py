@@ -33,6 +33,8 @@ CLIPPED = "helpsteer2.losses.policy_gradient.ClippedLoss"
 ADVANTAGES = "helpsteer2.rollouts.advantages"
 SCORER = "helpsteer2.rewards.scorer.RewardScorer.from_pretrained"
 CLIENT = "helpsteer2.rewards.client.RewardClient"
+ENGINE = "helpsteer2.generation.local.LocalEngine"
+SERVER = "http://127.0.0.1:8000"
 
 
 @cache
@@ -116,7 +118,8 @@ def test_a_module_with_a_policy_and_a_reward_model_is_a_whole_configuration(modu
         ("ppo", {"module__kl__coefficient": -1.0}, "module.kl.coefficient"),
         ("ppo", {"module__kl__target": 6.0, "module__kl__coefficient": 0}, "module.kl.target"),
         ("ppo", {"module__kl__target": 0}, "module.kl.target"),
-        ("ppo", {"module__kl__horizon": 0}, "module.kl.horizon"),
+        ("ppo", {"module__kl__horizon": 0, "module__kl__target": 6.0}, "module.kl.horizon"),
+        ("ppo", {"module__kl__horizon": 1000}, "module.kl.horizon"),
         ("ppo", {"module__kl__estimator": "k4"}, "module.kl.estimator"),
         ("ppo", {"module__loss__clip": 1.0}, "module.loss.clip"),
         ("ppo", {"module__loss__clip_high": 0.0}, "module.loss.clip_high"),
@@ -139,14 +142,22 @@ def test_a_module_with_a_policy_and_a_reward_model_is_a_whole_configuration(modu
         ("ppo", {"rollouts__prompts": 0}, "rollouts.prompts"),
         ("ppo", {"rollouts__epochs": 0}, "rollouts.epochs"),
         ("ppo", {"rollouts__max_kl": 0.0}, "rollouts.max_kl"),
+        ("ppo", {"rollouts__beyond_max_kl": "shrink"}, "rollouts.beyond_max_kl"),
+        (
+            "ppo",
+            {"rollouts__engine": {"_target_": ENGINE, "device": "cpu"}},
+            "rollouts.engine.device",
+        ),
         ("ppo", {"rollouts__unfinished": "penalise", "rollouts__penalty": -1}, "rollouts.penalty"),
         ("ppo", {"rollouts__penalty": 2.0}, "rollouts.penalty"),
         ("ppo", {"rollouts__statistics": "./no/such.json"}, "rollouts.statistics"),
         ("ppo", {"rollouts__reference": "./no/such/model"}, "rollouts.reference"),
+        ("ppo", {"rollouts__reference": SERVER}, "rollouts.reference"),
+        ("ppo", {"module__critic__init_from": SERVER}, "module.critic.init_from"),
         ("ppo", {"reference": "some/reference"}, "reference"),
         ("ppo", {"trainer__strategy": "fsdp"}, "trainer.strategy"),
         ("ppo", {"model": {"_target_": "helpsteer2.models.start.RewardStart"}}, "model"),
-        ("ppo", scored_by("http://127.0.0.1:8000"), "reward_model"),
+        ("ppo", scored_by(SERVER), "reward_model"),
         ("ppo", scored_by("/no/such/model"), "reward_model"),
         (
             "ppo",
@@ -184,22 +195,22 @@ def test_what_cannot_work_is_refused_once(module: str, changes: dict[str, Any], 
         ("reinforce", {"module__loss": {"_target_": CLIPPED}}),
         ("ppo", {"rollouts__sampling__n": 1}),
         ("ppo", {"module__kl__place": "loss", "module__kl__estimator": "k3"}),
-        ("ppo", {"module__kl__target": 6.0}),
+        ("ppo", {"module__kl__target": 6.0, "module__kl__horizon": 1000}),
         ("ppo", {"module__critic__init_from": "some/model", "module__critic__lora": LORA}),
         ("ppo", {"module__critic__init_from": "some/model", "rollouts__reference": "some/policy"}),
         ("ppo", {"rollouts__unfinished": "penalise", "rollouts__penalty": 0.5}),
         ("ppo", {"rollouts__statistics": "outputs/later/statistics.json"}),
         ("ppo", {"batching__epochs": None, "batching__max_steps": 3}),
         ("ppo", {"batching__global_batch": 16, "rollouts__max_kl": 10.0}),
+        ("ppo", {"rollouts__max_kl": 10.0, "rollouts__beyond_max_kl": "shrink"}),
+        ("ppo", {"rollouts__engine": {"_target_": ENGINE, "max_rows": 64}}),
         ("ppo", {"backbone__dtype": "bfloat16", "backbone__lora": LORA}),
         ("ppo", {"optimized_metric": None, "weights": None}),
         (
             "ppo",
             {
-                "reward_model": "http://127.0.0.1:8000",
-                "rollouts__rewarder": {
-                    "_target_": CLIENT, "_partial_": True, "url": "http://127.0.0.1:8000",
-                },
+                "reward_model": SERVER,
+                "rollouts__rewarder": {"_target_": CLIENT, "_partial_": True, "url": SERVER},
             },
         ),
     ],
@@ -215,10 +226,23 @@ def test_who_learns_from_groups_that_are_there_samples_none() -> None:
 
 @pytest.mark.parametrize("scorer", ["local", "http", "oracle"])
 def test_every_scorer_can_give_the_reward_and_watch(scorer: str) -> None:
-    address = "http://127.0.0.1:8000" if scorer == "http" else "some/model"
+    address = SERVER if scorer == "http" else "some/model"
     overrides = [f"scorer@rollouts.rewarder={scorer}", f"+scorer@rollouts.watch.other={scorer}"]
     (job,) = check(TRAIN, ["module=ppo", *GIVEN, *overrides, f"reward_model={address}"]).jobs
     assert job["rollouts.watch.other._target_"] == job["rollouts.rewarder._target_"]
+
+
+def test_a_critic_that_follows_the_reward_model_starts_from_no_server() -> None:
+    given = ["experiment=on_policy/world_ppo", "backbone.path=some/policy"]
+    given += ["rollouts.statistics=some/statistics.json"]
+    given += ["scorer@rollouts.rewarder=http", f"reward_model={SERVER}"]
+    with pytest.raises(ConfigError) as caught:
+        check(TRAIN, given)
+    (line,) = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert line.startswith(f"module.critic.init_from: {SERVER}")
+    for start in ("null", "some/model"):
+        (job,) = check(TRAIN, [*given, f"module.critic.init_from={start}"]).jobs
+        assert job["rollouts.rewarder.url"] == SERVER
 
 
 def test_all_comes_together_with_the_place_of_each() -> None:
