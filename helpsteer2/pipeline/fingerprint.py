@@ -16,7 +16,8 @@ NO_EFFECT = (
     "run_dir", "cache_dir", "experiment", "logger", "optimized_metric", "tokens_per_microbatch",
     "batching.tokens_per_microbatch", "backbone.gradient_checkpointing",
     "schedule.checkpoint_every", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.strategy", "rollouts.offload",
+    "trainer.strategy", "rollouts.offload", "rollouts.engine.cache_tokens",
+    "rollouts.engine.max_rows", "rollouts.engine.prefill_tokens",
 )  # fmt: skip
 """Keys that decide where and how fast a stage runs, not what comes out (but for rounding)."""
 

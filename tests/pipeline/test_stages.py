@@ -71,8 +71,9 @@ def test_mistakes_of_the_order_are_told_together() -> None:
 
 
 def test_what_a_resumed_training_may_change_does_not_tell_stages_apart() -> None:
-    # But for what decides what comes out, and an input, of which the content counts.
-    assert set(MAY_CHANGE) - set(CHANGES_THE_RESULT) - {"reference"} <= set(NO_EFFECT)
+    # But for what decides what comes out, and inputs, of which the content counts.
+    inputs = {"reference", "reward_model", "rollouts.rewarder"}
+    assert set(MAY_CHANGE) - set(CHANGES_THE_RESULT) - inputs <= set(NO_EFFECT)
     assert not set(CHANGES_THE_RESULT) & set(NO_EFFECT)
 
 
