@@ -23,6 +23,9 @@ FloatArray = npt.NDArray[np.float64]
 # Okabe and Ito's palette: told apart by everybody, and in print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 
+COLOURS = 5
+"""In the cycle of the style; further lines are dashed."""
+
 DPI = 150
 
 MOST_BARS = 30
@@ -283,9 +286,11 @@ def curves(
     """
     with style():
         figure, (axes,) = _panels(1, title)
-        for name, values in y.items():
+        figure.set_size_inches(6.4, 4.4)
+        for i, (name, values) in enumerate(y.items()):
             known_x, known = _both_finite(x[name], values)
-            axes.plot(known_x, known, marker="o", markersize=3, label=name)
+            dashes = ("-", "--", ":")[i // COLOURS % 3]
+            axes.plot(known_x, known, dashes, marker="o", markersize=3, label=name)
         axes.set(xlabel=labels[0], ylabel=labels[1])
         if len(y) > 1:
             axes.legend()
