@@ -29,8 +29,9 @@ from helpsteer2.data.groups import Group, GroupSource, Report
 from helpsteer2.data.sources.folds import fold_of
 from helpsteer2.data.sources.helpsteer import HelpSteer2
 from helpsteer2.evaluation.ratings import RatingEvaluation
-from helpsteer2.evaluation.scoring import EvaluationContext, Scores
+from helpsteer2.evaluation.scoring import EvaluationContext
 from helpsteer2.records import environment, write_json_atomic
+from helpsteer2.rewards.rewarder import Scores
 from helpsteer2.rewards.scorer import RewardScorer
 
 SPLITS = ("train", "validation")

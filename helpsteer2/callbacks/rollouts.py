@@ -61,9 +61,8 @@ class RolloutReport(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop the clock."""
         spent = time.perf_counter() - self._since
-        self.update_seconds, self._of_iteration = (
-            self.update_seconds + spent, self._of_iteration + spent,
-        )  # fmt: skip
+        self.update_seconds += spent
+        self._of_iteration += spent
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell how the iteration was and where its time went."""

@@ -22,9 +22,9 @@ from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.sources.group_files import write_groups
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.report import named_table
-from helpsteer2.evaluation.scoring import Scorer, Scores, usable_weightings
+from helpsteer2.evaluation.scoring import usable_weightings
 from helpsteer2.records import append, environment, reason
-from helpsteer2.rewards.rewarder import Rewarder
+from helpsteer2.rewards.rewarder import Rewarder, Scorer, Scores
 from helpsteer2.rewards.standardise import ScoreStatistics
 
 CHUNK = 256

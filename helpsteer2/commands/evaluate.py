@@ -26,12 +26,12 @@ from helpsteer2.evaluation.scoring import (
     ModelKind,
     Paired,
     Plotted,
-    Scorer,
     model_key,
     told_together,
 )
 from helpsteer2.plots import save
 from helpsteer2.records import environment
+from helpsteer2.rewards.rewarder import Scorer
 
 if TYPE_CHECKING:
     from helpsteer2.generation.sampling import Engine

@@ -16,8 +16,9 @@ from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.data.groups import Group
 from helpsteer2.evaluation.alpha_search import AlphaSearch
-from helpsteer2.evaluation.scoring import EvaluationContext, Scorer, Scores
+from helpsteer2.evaluation.scoring import EvaluationContext
 from helpsteer2.records import environment
+from helpsteer2.rewards.rewarder import Scorer, Scores
 
 if TYPE_CHECKING:
     from helpsteer2.models.expo import Parents

@@ -275,7 +275,7 @@ class _Run:
                 backbone=self.backbone,
                 chat=data.chat,
                 limits=self.data.limits,
-                train=data.train,
+                train=data.train if isinstance(data, TrainingData) else None,
                 data=data.description,
                 weights=self.weights,
                 seed=self.seed,

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,6 @@ class RolloutData:
     description: str
     start: str | None
 
-    train = None
-    """There are no tokenised groups before the first rollouts."""
-
     @classmethod
     def read(
         cls,
@@ -104,7 +102,6 @@ class RolloutData:
 
     def fingerprints(self) -> dict[str, Any]:
         """Hashes of all that rollouts depend on."""
-        path = self.settings.reference or self.start
         standard = self.reward.standardisation
         return {
             "prompts": self.report.fingerprint,
@@ -113,8 +110,14 @@ class RolloutData:
             "reward_model": self.reward.rewarder.model_hash,
             "watched": {name: by.rewarder.model_hash for name, by in self.watched.items()},
             "standardisation": None if standard is None else [standard.mean, standard.std],
-            "reference": None if path is None else policy_hash(path),
+            "reference": self._reference_hash,
         }
+
+    @cached_property
+    def _reference_hash(self) -> str | None:
+        """Of weights that are read whole, which takes a while for large ones."""
+        path = self.settings.reference or self.start
+        return None if path is None else policy_hash(path)
 
     def reports(self) -> dict[str, Any]:
         """What was counted."""
@@ -146,7 +149,7 @@ class RolloutData:
             tokens_per_pass=batching.tokens_per_microbatch,
             seed=seed,
         )
-        return RolloutDataModule(maker, batching, seed, report)
+        return RolloutDataModule(maker, batching, seed, self.report.longest_prompt_tokens, report)
 
 
 def check_goes_with(

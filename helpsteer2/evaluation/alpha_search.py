@@ -16,9 +16,10 @@ from helpsteer2.errors import UserError
 from helpsteer2.evaluation.comparisons import LONGER_RESPONSE, Comparison, Wins, compare
 from helpsteer2.evaluation.preference_files import load_pairs
 from helpsteer2.evaluation.report import named_table, percent_with_interval, with_interval
-from helpsteer2.evaluation.scoring import EvaluationContext, Scorer, usable_weightings
+from helpsteer2.evaluation.scoring import EvaluationContext, usable_weightings
 from helpsteer2.functional.statistics import Interval, percentile_interval
 from helpsteer2.records import plain
+from helpsteer2.rewards.rewarder import Scorer
 
 CHOOSING, REPORTING = "choosing", "reporting"
 """The half of the prompts that α is chosen on, and the half that it is reported on."""

@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 
 from helpsteer2.data.groups import Group
-from helpsteer2.evaluation.scoring import (
-    EvaluationContext,
-    Scorer,
-    model_weightings,
-    score_groups,
-)
+from helpsteer2.evaluation.scoring import EvaluationContext, model_weightings, score_groups
 from helpsteer2.functional.statistics import (
     FloatArray,
     IntArray,
@@ -24,6 +19,7 @@ from helpsteer2.functional.statistics import (
     percentile_interval,
 )
 from helpsteer2.records import plain
+from helpsteer2.rewards.rewarder import Scorer
 
 LONGER_RESPONSE = "longer_response"
 """The baseline beside the weightings: it prefers the response with more characters."""

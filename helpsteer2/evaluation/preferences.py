@@ -21,7 +21,7 @@ from helpsteer2.evaluation.report import (
     percent,
     percent_with_interval,
 )
-from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind
 from helpsteer2.functional.statistics import (
     FloatArray,
     IntArray,
@@ -30,6 +30,7 @@ from helpsteer2.functional.statistics import (
     percentile_interval,
 )
 from helpsteer2.records import plain
+from helpsteer2.rewards.rewarder import Scorer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from helpsteer2.evaluation.report import percent_with_interval, rating_tables, w
 from helpsteer2.evaluation.scoring import (
     EvaluationContext,
     ModelKind,
-    Scorer,
     model_weightings,
     score_groups,
     told_together,
@@ -30,6 +29,7 @@ from helpsteer2.evaluation.scoring import (
 from helpsteer2.functional import statistics
 from helpsteer2.functional.statistics import FloatArray, IntArray, Interval
 from helpsteer2.records import plain
+from helpsteer2.rewards.rewarder import Scorer
 
 REFERENCE = "helpfulness"
 """The attribute whose order a weighted reward is held against."""

@@ -14,13 +14,9 @@ from helpsteer2.errors import UserError
 from helpsteer2.evaluation.benchmark_tables import headlines, rewardbench_tables
 from helpsteer2.evaluation.comparisons import Aggregate, Comparison, Wins, compare
 from helpsteer2.evaluation.preference_files import load_pairs, load_sets
-from helpsteer2.evaluation.scoring import (
-    EvaluationContext,
-    ModelKind,
-    Scorer,
-    told_together,
-)
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, told_together
 from helpsteer2.records import plain
+from helpsteer2.rewards.rewarder import Scorer
 
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {

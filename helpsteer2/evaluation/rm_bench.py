@@ -23,8 +23,9 @@ from helpsteer2.evaluation.preference_files import (
     one_of,
     read_table,
 )
-from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind, Scorer
+from helpsteer2.evaluation.scoring import EvaluationContext, ModelKind
 from helpsteer2.records import plain
+from helpsteer2.rewards.rewarder import Scorer
 
 SETTING = "evaluators.rm_bench.path"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, runtime_checkable
@@ -30,28 +30,14 @@ from helpsteer2.data.groups import Group
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.meaning import OWN_REWARD, ScoreMeaning, single_score
 from helpsteer2.records import write_atomic
+from helpsteer2.rewards.rewarder import Scorer, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MIB = 1 << 20
 
-Scores = npt.NDArray[np.float32]
-
 ModelKind = Literal["reward model", "policy"]
-
-
-class Scorer(Protocol):
-    """Whatever gives every response of a group one score an attribute."""
-
-    @property
-    def attribute_names(self) -> tuple[str, ...]:
-        """Names of the A scores."""
-        ...
-
-    def score(self, groups: Iterable[Group]) -> Iterator[Scores]:
-        """Stream the ``(n, A)`` scores of each group, in order."""
-        ...
 
 
 @dataclass(frozen=True)

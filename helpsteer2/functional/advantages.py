@@ -22,11 +22,11 @@ def gae(
     *,
     gamma: float,
     lam: float,
-    bootstrap: npt.ArrayLike | None = None,
 ) -> Array:
     """Generalised advantage estimation over the tokens of responses that lie end to end.
 
-    ``A_t = Σ_l (γλ)^l δ_{t+l}`` within the response, with ``δ_t = r_t + γ V_{t+1} − V_t``.
+    ``A_t = Σ_l (γλ)^l δ_{t+l}`` within the response, with ``δ_t = r_t + γ V_{t+1} − V_t``; behind
+    its last token V is 0, whether it was finished or cut: nothing more will be earned.
 
     Args:
         rewards: ``(N,)`` reward of each token, response after response.
@@ -34,8 +34,6 @@ def gae(
         lengths: ``(R,)`` tokens of each response, N in all; a response may have none.
         gamma: γ, 1 in RLHF: a reward is worth the same whenever it comes.
         lam: λ, 1 gives reward-to-go minus value, 0 the one-step error.
-        bootstrap: ``(R,)`` value of the state behind the last token: 0, the default, behind a
-            response that was finished; of one that was cut, what the critic expects.
 
     Returns:
         ``(N,)`` advantages; with the values they sum to the returns that a critic learns.
@@ -47,15 +45,13 @@ def gae(
     """
     r, v = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
     n = np.asarray(lengths, np.int64)
-    behind = np.zeros(len(n)) if bootstrap is None else np.asarray(bootstrap, np.float64)
-    if not len(r) == len(v) == n.sum() or len(behind) != len(n):
+    if not len(r) == len(v) == n.sum():
         raise ValueError(
-            f"{len(r)} rewards, {len(v)} values and {len(behind)} values behind the end for "
-            f"{len(n)} responses of {n.sum()} tokens"
+            f"{len(r)} rewards and {len(v)} values for {len(n)} responses of {n.sum()} tokens"
         )
     ends = np.cumsum(n)
     following = np.append(v[1:], 0.0)
-    following[ends[n > 0] - 1] = behind[n > 0]
+    following[ends[n > 0] - 1] = 0.0
     delta = r + gamma * following - v
     advantages = np.zeros(len(r))
     carried = np.zeros(len(n))

@@ -144,18 +144,29 @@ class LocalSampler:
         stops = [self.policy.spec.stop_token_id, self.chat.tokenizer.eos_token_id, *own]
         return tuple(sorted({token for token in stops if token is not None}))
 
-    def check(self, prompts: Iterable[Group], params: SamplingParams) -> None:
-        """Find out whether prompts can be answered.
+    def check(self, prompt_tokens: int, params: SamplingParams, name: str) -> None:
+        """Find out whether a prompt of some length can be answered.
 
         Args:
-            prompts: Groups; their responses are not looked at.
+            prompt_tokens: Its tokens; shorter ones can be answered then, too.
             params: How to draw.
+            name: What the prompt is called in a message.
 
         Raises:
-            UserError: If a prompt cannot be rendered or a limit is too small for it.
+            UserError: If a limit is too small for it.
         """
-        for group in prompts:
-            self._request(group, params)
+        span = prompt_tokens + params.max_tokens
+        try:
+            check_span(self._config, span, "sampling.max_tokens or max_prompt_tokens")
+            check_window("the policy", sliding_window(self._config), span)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        room, needed = self.engine.cache_tokens, prompt_tokens + params.n * params.max_tokens
+        if needed > room:
+            raise UserError(
+                f"engine.cache_tokens={room} is too small: {name} with n={params.n} responses of "
+                f"up to {params.max_tokens} tokens takes {needed}"
+            )
 
     def sample(
         self, prompts: Iterable[Group], params: SamplingParams
@@ -205,18 +216,7 @@ class LocalSampler:
         ids = np.asarray(self.chat.prompt_ids(group.prompt), np.int32)
         if len(ids) < 2:
             raise UserError(f"prompt {group.id}: the chat template makes {len(ids)} tokens")
-        span = len(ids) + params.max_tokens
-        try:
-            check_span(self._config, span, "sampling.max_tokens or max_prompt_tokens")
-            check_window("the policy", sliding_window(self._config), span)
-        except UserError as error:
-            raise UserError(f"prompt {group.id}: {error}") from error
-        room, needed = self.engine.cache_tokens, len(ids) + params.n * params.max_tokens
-        if needed > room:
-            raise UserError(
-                f"engine.cache_tokens={room} is too small: prompt {group.id} with n={params.n} "
-                f"responses of up to {params.max_tokens} tokens takes {needed}"
-            )
+        self.check(len(ids), params, f"prompt {group.id}")
         return Request(group, ids)
 
     def _cache(self, requests: list[Request], params: SamplingParams) -> CohortCache:

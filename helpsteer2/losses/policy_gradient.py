@@ -17,6 +17,16 @@ Average = Literal["tokens", "responses"]
 """What the loss of a step is divided by: its counted tokens, or its responses that have any."""
 
 
+def counted_responses(rollout: RolloutTokens[Tensor], responses: Tensor) -> Tensor:
+    """Number of responses with a token that counts: ``()`` int64.
+
+    Args:
+        rollout: Columns of N response tokens.
+        responses: ``(N,)`` int64, the response each of them belongs to.
+    """
+    return (responses[rollout.counted].bincount() > 0).sum()
+
+
 class PolicyGradientLoss:
     """``−A_t·log π(t)`` of every counted token; the others weigh nothing.
 
@@ -82,7 +92,7 @@ class PolicyGradientLoss:
         """
         if self.average == "tokens":
             return rollout.counted.sum()
-        return (responses[rollout.counted].bincount() > 0).sum()
+        return counted_responses(rollout, responses)
 
     def __call__(
         self, tokens: TokenLogprobs, rollout: RolloutTokens[Tensor]

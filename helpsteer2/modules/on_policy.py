@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from helpsteer2.data.packing import PackedBatch
 from helpsteer2.data.tokens import RolloutTokens
 from helpsteer2.losses.kl_penalty import KLPenalty
-from helpsteer2.losses.policy_gradient import PolicyGradientLoss
+from helpsteer2.losses.policy_gradient import PolicyGradientLoss, counted_responses
 from helpsteer2.modules.step import Decay, OptimizerFactory, StepModule
 from helpsteer2.rollouts.advantages import Advantages
 from helpsteer2.rollouts.store import Rollouts
@@ -45,6 +45,7 @@ class OnPolicyModule(StepModule):
         gradient_clip: Largest norm of the policy's gradient; None does not clip.
     """
 
+    loss_names: ClassVar[tuple[str, ...]] = ("policy_loss", "kl_loss")
     model: Policy
 
     def __init__(
@@ -95,9 +96,7 @@ class OnPolicyModule(StepModule):
         count = self.loss.count(rollout, responses)
         if self.kl.reduction == "sum":
             return torch.stack([count, count])
-        with_tokens = torch.zeros(batch.layout.n_responses, device=responses.device)
-        with_tokens.index_add_(0, responses, rollout.counted.float())
-        return torch.stack([count, (with_tokens > 0).sum()])
+        return torch.stack([count, counted_responses(rollout, responses)])
 
     def loss_sums(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The policy gradient, and the KL penalty if it stands in the loss."""
@@ -107,26 +106,20 @@ class OnPolicyModule(StepModule):
         penalty, divergence = self.kl.loss_sum(tokens, rollout)
         if self.kl.place == "reward":
             penalty = torch.zeros_like(penalty)
-        penalty = self.kl_coefficient * penalty
-        losses = torch.stack([loss, penalty])
         logged = [*(sums[name] for name in POLICY_SUMS), divergence["k1"]]
-        counts = self.count(batch)[:2].float()
-        return losses, torch.cat([losses.detach(), counts, torch.stack(logged)])
+        return torch.stack([loss, self.kl_coefficient * penalty]), torch.stack(logged)
 
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """How far the policy is from the one that sampled, and the figures of the iteration.
 
         Returns:
-            ``policy_loss`` and ``kl_loss``, the parts of the loss; and means over learned tokens:
-            ``ratio`` (π over the policy that sampled), ``clip_fraction`` (share that clipping has
-            stopped), ``approx_kl`` (nats a token from the policy that sampled), ``entropy`` (nats a
-            token) and ``kl_per_token`` (k1, nats from the reference).
+            Means over learned tokens: ``ratio`` (π over the policy that sampled), ``clip_fraction``
+            (share that clipping has stopped), ``approx_kl`` (nats a token from the policy that
+            sampled), ``entropy`` (nats a token) and ``kl_per_token`` (k1, nats from the reference).
         """
-        loss, penalty, count, kl_count, tokens, *means = sums
+        tokens, *means = sums
         ratio, clipped, approx_kl, entropy, divergence = (one / max(tokens, 1.0) for one in means)
         return {
-            "train/policy_loss": loss / max(count, 1.0),
-            "train/kl_loss": penalty / max(kl_count, 1.0),
             "train/ratio": ratio,
             "train/clip_fraction": clipped,
             "train/approx_kl": approx_kl,

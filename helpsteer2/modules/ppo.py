@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class PPOModule(OnPolicyModule):
     Source: arXiv 1707.06347; arXiv 2203.02155 (per-token KL penalty, critic from the reward model);
     defaults of NVIDIA/NeMo-Aligner at af2b3bd9, gpt_ppo_actor.yaml and gpt_ppo_critic.yaml.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = (*OnPolicyModule.loss_names, "value_loss")
 
     def __init__(
         self,
@@ -129,25 +131,23 @@ class PPOModule(OnPolicyModule):
         """The policy's losses, then the critic's."""
         losses, logged = super().loss_sums(batch)
         value_loss, sums = self.value_loss(self._critic(batch), rollout_of(batch)[0])
-        of_values = torch.stack([value_loss.detach(), *(sums[name] for name in VALUE_SUMS)])
+        of_values = torch.stack([sums[name] for name in VALUE_SUMS])
         return torch.cat([losses, value_loss.reshape(1)]), torch.cat([logged, of_values])
 
     def step_metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """As in ``OnPolicyModule``, and of the critic.
 
         Returns:
-            Also ``value_loss``, ``value_error`` (mean squared error), ``value_clip_fraction`` and
+            Also ``value_error`` (mean squared error), ``value_clip_fraction`` and
             ``explained_variance`` (share of the variance of the returns; left out if they are all
             the same).
         """
-        n = len(VALUE_SUMS) + 1
-        value_loss, *of_values = sums[-n:]
-        values = dict(zip(VALUE_SUMS, of_values, strict=True))
+        n = len(VALUE_SUMS)
+        values = dict(zip(VALUE_SUMS, sums[-n:], strict=True))
         tokens = max(values["tokens"], 1.0)
         explained = explained_variance(values) if values["tokens"] else float("nan")
         return {
             **super().step_metrics(sums[:-n]),
-            "train/value_loss": value_loss / tokens,
             "train/value_error": values["squared_error"] / tokens,
             "train/value_clip_fraction": values["clipped"] / tokens,
             **({} if explained != explained else {"train/explained_variance": explained}),

@@ -151,6 +151,9 @@ class StepModule(pl.LightningModule):
     objective: str
     """The loss in words, for the model card."""
 
+    loss_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the loss terms, each logged apart as ``train/NAME``; none logs their sum alone."""
+
     needs_reference: ClassVar[bool] = False
     """Whether the loss reads log-probabilities of a reference policy."""
 
@@ -294,7 +297,8 @@ class StepModule(pl.LightningModule):
         seen = [sum(len(b.group_indices) for b in real), sum(b.layout.n_tokens for b in real)]
         groups, tokens = self._sum_over_ranks(torch.tensor(seen, device=self.device)).tolist()
         k = len(total)
-        loss = float((sums[:k] / total).sum())
+        terms = sums[:k] / total
+        loss = float(terms.sum())
         if not (torch.isfinite(sums).all() and all(map(math.isfinite, norms.values()))):
             raise NonFiniteError(step, loss, next(iter(norms.values())))
         lr = float(optimizer.param_groups[0]["lr"])
@@ -309,6 +313,7 @@ class StepModule(pl.LightningModule):
                 "lr": lr,
                 "groups_seen": self.groups_seen,
                 "tokens_seen": self.tokens_seen,
+                **{f"train/{n}": v for n, v in zip(self.loss_names, terms.tolist(), strict=False)},
                 **self.step_metrics(sums[k:].tolist()),
             }
         }

@@ -10,20 +10,26 @@ import numpy.typing as npt
 
 from helpsteer2.data.groups import Group
 
+Scores = npt.NDArray[np.float32]
 
-class Rewarder(Protocol):
-    """A reward model in this process or behind a server, or an oracle."""
+
+class Scorer(Protocol):
+    """Whatever gives every response of a group one score an attribute."""
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
         """Names of the A scores."""
         ...
 
+    def score(self, groups: Iterable[Group]) -> Iterator[Scores]:
+        """Stream the ``(n, A)`` scores of each group, in order."""
+        ...
+
+
+class Rewarder(Scorer, Protocol):
+    """A reward model in this process or behind a server, or an oracle."""
+
     @property
     def model_hash(self) -> str:
         """What tells the model from any other that would score otherwise."""
-        ...
-
-    def score(self, groups: Iterable[Group]) -> Iterator[npt.NDArray[np.float32]]:
-        """Stream the ``(n, A)`` scores of each group, in order."""
         ...

@@ -113,7 +113,6 @@ def assemble(
             "rate_factor": rate,
             "stops": beyond and settings.beyond_max_kl == "stop",
             "seconds": {**seconds, "assembling": time.perf_counter() - started},
-            "fingerprint": folder.name,
         },
     )
 
@@ -131,7 +130,7 @@ def _earned(
     rewards = reward.rewards(block.scores()).reshape(cut.shape)
     if settings.unfinished == "penalise":
         rewards = rewards - settings.penalty * cut
-    lengths = _lengths(block.tokens())
+    lengths = _lengths(block)
     penalties = np.zeros(cut.shape)
     if kl.place == "reward":
         of_tokens = coefficient * _penalties(block, kl, lengths)
@@ -146,9 +145,10 @@ def _penalties(block: Block, kl: KLPenalty, lengths: npt.NDArray[np.int64]) -> A
     return np.asarray(kl.token_penalties(log_ratio, lengths))
 
 
-def _lengths(tokens: Sequence[TokenGroup]) -> npt.NDArray[np.int64]:
+def _lengths(block: Block) -> npt.NDArray[np.int64]:
     """``(R,)`` tokens of each response."""
-    return np.array([len(ids) for group in tokens for ids in group.response_ids], np.int64)
+    lengths = [len(ids) for group in block.groups() for ids in group.response_ids or ()]
+    return np.array(lengths, np.int64)
 
 
 class _Advantages:
@@ -184,7 +184,7 @@ class _Advantages:
     def _raw(self, number: int) -> tuple[Array, Array | None, npt.NDArray[np.bool_]]:
         block = self.blocks[number]
         own = block.logprobs()
-        lengths = _lengths(block.tokens())
+        lengths = _lengths(block)
         penalties = np.zeros(own.shape[1])
         if self.kl.place == "reward":
             penalties = self.coefficient * _penalties(block, self.kl, lengths)
@@ -221,7 +221,7 @@ def _write_tokens(folder: Path, blocks: Sequence[Block], work: _Advantages) -> N
             first = rows.stop
             for group, tokens in zip(block.groups(), block.tokens(), strict=True):
                 writer.add(tokens, group.id)
-        writer.finish(folder.name, {})
+        writer.finish(TOKENS, {})
     columns.flush()
 
 

@@ -35,6 +35,7 @@ class RolloutDataModule(pl.LightningDataModule):
         maker: Makes iterations.
         batching: How groups become steps; an epoch of it is a pass over the prompts.
         seed: Seed of the order.
+        longest_prompt_tokens: Tokens of the longest prompt.
         report: Told how far an iteration is.
 
     Attributes:
@@ -52,10 +53,12 @@ class RolloutDataModule(pl.LightningDataModule):
         maker: RolloutMaker,
         batching: Batching,
         seed: int,
+        longest_prompt_tokens: int,
         report: Report = lambda stage, done, total: None,
     ) -> None:
         super().__init__()
         self.maker, self.batching, self.seed, self.report = maker, batching, seed, report
+        self.longest_prompt_tokens = longest_prompt_tokens
         settings = maker.settings
         if settings.prompts % batching.global_batch:
             raise UserError(
@@ -97,7 +100,7 @@ class RolloutDataModule(pl.LightningDataModule):
         learner.set_up(self.seed)
         settings = self.maker.settings
         sampler = LocalSampler(learner.model, settings.engine)
-        sampler.check(self.maker.prompts.groups, settings.sampling)
+        sampler.check(self.longest_prompt_tokens, settings.sampling, "the longest prompt")
         self.maker.reference = ReferencePolicy(
             learner.model, settings.reference, device, attention, settings.offload
         )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -184,10 +185,14 @@ class _Iteration:
         prompts = maker.prompts.of_iteration(number)
         each = -(-len(prompts) // maker.ranks.world_size)
         size = min(maker.settings.engine.prompts_per_block, each)
-        self.blocks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+        self.firsts = range(0, len(prompts), size)
+        self.blocks = [prompts[first : first + size] for first in self.firsts]
         self.seconds: dict[str, float] = {}
         self.device = learner.model.lm_head.weight.device
         self._encoder = GroupEncoder(learner.model.spec.chat, NOT_CUT, (), for_policy=True)
+        # Several things are made of a block one after the other; one at a time is held.
+        self.groups = lru_cache(maxsize=1)(self._read)
+        self.tokens = lru_cache(maxsize=1)(self._encode)
 
     def run(self) -> None:
         """Every stage, on this rank's blocks."""
@@ -236,9 +241,18 @@ class _Iteration:
             seconds=self.seconds,
         )
 
-    def groups(self, number: int) -> list[Group]:
+    def _read(self, number: int) -> list[Group]:
         """The samples of a block."""
         return list(read_all(GroupFiles(str(self._path(SAMPLES, number, ".jsonl"))), "train"))
+
+    def _encode(self, number: int) -> list[TokenGroup]:
+        """The same as ids."""
+        encoded = []
+        for group in self._encoder.encode(self.groups(number), self.firsts[number]):
+            if isinstance(group, UserError):
+                raise group
+            encoded.append(group)
+        return encoded
 
     def _block(self, number: int) -> Block:
         """What the stages have left of a block, read when it is asked for."""
@@ -250,7 +264,7 @@ class _Iteration:
         return Block(
             n_prompts=len(self.blocks[number]),
             groups=lambda: self.groups(number),
-            tokens=lambda: list(self._encoded(number)),
+            tokens=lambda: self.tokens(number),
             scores=lambda: read(SCORES),
             watched=lambda name: read(f"{WATCHED}_{name}"),
             logprobs=lambda: read(LOGPROBS),
@@ -258,7 +272,10 @@ class _Iteration:
         )
 
     def _path(self, stage: str, number: int, suffix: str) -> Path:
-        return self.folder / stage / f"block_{number:06d}{suffix}"
+        # By its prompts: another number of ranks makes other blocks.
+        first = self.firsts[number]
+        last = first + len(self.blocks[number]) - 1
+        return self.folder / stage / f"prompts_{first:06d}_{last:06d}{suffix}"
 
     def _missing(self, stage: str, suffix: str) -> Iterator[tuple[int, Path]]:
         """This rank's blocks that a stage has not done yet; tells of every block that is done."""
@@ -298,7 +315,7 @@ class _Iteration:
         self, number: int, columns: Callable[[PackedBatch], Sequence[Tensor]]
     ) -> npt.NDArray[np.float32]:
         """``(C, N)`` columns of the tokens of a block, some passes one after the other."""
-        groups = list(self._encoded(number))
+        groups = self.tokens(number)
         parts = []
         lengths = [group.n_tokens for group in groups]
         for members in consecutive_bins(lengths, self.maker.tokens_per_pass):
@@ -312,13 +329,6 @@ class _Iteration:
             )
         return found
 
-    def _encoded(self, number: int) -> Iterator[TokenGroup]:
-        first = sum(len(block) for block in self.blocks[:number])
-        for encoded in self._encoder.encode(self.groups(number), first):
-            if isinstance(encoded, UserError):
-                raise encoded
-            yield encoded
-
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -328,7 +338,7 @@ class _Iteration:
 
 def _remove_blocks(folder: Path) -> None:
     """Remove what a whole iteration was made from, also if a kill has left it."""
-    for stage in {path.parent for path in folder.glob("*/block_*")}:
+    for stage in {path.parent for path in folder.glob("*/prompts_*")}:
         shutil.rmtree(stage, ignore_errors=True)
 
 

@@ -77,11 +77,13 @@ class PromptReport:
     Attributes:
         prompts: Prompts that are used.
         prompts_too_long: Those that were left out.
+        longest_prompt_tokens: Tokens of the longest one that is used.
         fingerprint: Hash of the used ones, and of what their ids mean.
     """
 
     prompts: int
     prompts_too_long: int
+    longest_prompt_tokens: int
     fingerprint: str
 
 
@@ -99,7 +101,7 @@ def read_training_prompts(
         DataError: If a row is bad.
         UserError: If two prompts have the same id, or none is short enough.
     """
-    fitting, too_long = [], []
+    fitting, too_long, longest = [], [], 0
     seen = set()
     hashed = hashlib.sha256(chat.ids_hash.encode())
     for group in read_prompts(source, "train"):
@@ -110,6 +112,7 @@ def read_training_prompts(
         if len(ids) > max_prompt_tokens:
             too_long.append(group.id)
             continue
+        longest = max(longest, len(ids))
         # A label of the prompt's data has no place in the groups that are made of it.
         fitting.append(Group(group.id, group.source, unmarked(group).prompt, ()))
         hashed.update(repr((group.id, ids)).encode())
@@ -124,4 +127,4 @@ def read_training_prompts(
             *(len(too_long), len(too_long) + len(fitting), max_prompt_tokens),
             ", ".join(too_long[:SHOWN]) + (", …" if len(too_long) > SHOWN else ""),
         )
-    return fitting, PromptReport(len(fitting), len(too_long), hashed.hexdigest())
+    return fitting, PromptReport(len(fitting), len(too_long), longest, hashed.hexdigest())

@@ -67,7 +67,7 @@ class Rollouts:
             self._columns = np.load(folder / COLUMNS, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} cannot be learned from ({error}): restore it") from error
-        tokens = open_store(folder / TOKENS, self.record["fingerprint"])
+        tokens = open_store(folder / TOKENS, TOKENS)
         if tokens is None:
             raise UserError(f"the tokens in {folder} are missing or damaged: restore them")
         self._tokens: TokenisedGroups = tokens

@@ -11,11 +11,9 @@ import torch
 from helpsteer2.functional.advantages import Whitening, gae, group_normalised, leave_one_out
 
 
-def by_definition(
-    rewards: np.ndarray, values: np.ndarray, behind: float, gamma: float, lam: float
-) -> list[float]:
+def by_definition(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> list[float]:
     """Equation 16 of arXiv 1506.02438, written out for one response."""
-    following = [*values[1:], behind]
+    following = [*values[1:], 0.0]
     delta = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=True)]
     return [
         sum((gamma * lam) ** (later - t) * delta[later] for later in range(t, len(delta)))
@@ -29,13 +27,12 @@ def test_gae_is_its_definition_for_responses_of_any_length(gamma: float, lam: fl
     rng = np.random.default_rng(0)
     lengths = np.array([5, 1, 0, 7, 1])
     rewards, values = rng.normal(size=(2, lengths.sum()))
-    behind = np.array([0.0, 0.0, 3.0, 1.5, -2.0])  # two were cut
     expected = []
-    for start, n, after in zip(np.cumsum(lengths) - lengths, lengths, behind, strict=True):
+    for start, n in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
         span = slice(start, start + n)
         if n:
-            expected += by_definition(rewards[span], values[span], after, gamma, lam)
-    found = gae(rewards, values, lengths, gamma=gamma, lam=lam, bootstrap=behind)
+            expected += by_definition(rewards[span], values[span], gamma, lam)
+    found = gae(rewards, values, lengths, gamma=gamma, lam=lam)
     assert found == pytest.approx(np.array(expected), abs=1e-12)
 
 
@@ -49,7 +46,7 @@ def test_gae_with_lambda_1_is_reward_to_go_less_value_and_with_0_one_step() -> N
 
 def test_gae_of_nothing_is_nothing_and_lengths_have_to_fit() -> None:
     assert gae([], [], [], gamma=1.0, lam=0.95).shape == (0,)
-    with pytest.raises(ValueError, match=r"2 rewards, 2 values .* 1 responses of 3 tokens"):
+    with pytest.raises(ValueError, match=r"2 rewards and 2 values for 1 responses of 3 tokens"):
         gae([1, 2], [1, 2], [3], gamma=1.0, lam=0.95)
 
 

@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 
 from helpsteer2.callbacks.checkpoints import LAST, Checkpoints, read_checkpoint
+from helpsteer2.generation.local import LocalEngine
 from helpsteer2.losses.kl_penalty import KLPenalty
 from helpsteer2.models.lora import Lora
 from helpsteer2.modules.on_policy import OnPolicyModule
 from helpsteer2.rollouts import assemble as assembling
 from helpsteer2.rollouts import maker as making
+from helpsteer2.rollouts.advantages import AgainstBaseline
 from helpsteer2.rollouts.maker import RolloutMaker
 from helpsteer2.rollouts.store import Rollouts
-from tests.rollouts.runs import Run, ToyScorer, end, iteration, run_child
+from tests.rollouts.runs import Run, ToyScorer, end, iteration, make, run_child
 from tests.training.runs import Child, start_ranks
 from tests.training.test_resume import assert_same
 
@@ -259,3 +261,28 @@ def test_two_ranks_are_killed_and_go_on(tmp_path: Path, policy: str) -> None:
     for name in ("groups.jsonl", "columns.npy"):
         mine, other = (iteration(tmp_path / x, 1).folder / name for x in ("run", "whole"))
         assert mine.read_bytes() == other.read_bytes()
+
+
+def test_blocks_of_another_size_are_not_taken_for_ones_own(tmp_path: Path, policy: str) -> None:
+    """As after a change of the number of ranks, who share the prompts of an iteration evenly."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "scores":
+            raise Stopped
+
+    def engine(prompts: int) -> LocalEngine:
+        return LocalEngine(prompts_per_block=prompts, device="cpu")
+
+    with pytest.raises(Stopped):
+        make(tmp_path / "run", policy, AgainstBaseline(), report=stop, engine=engine(4))
+    assert len(list((tmp_path / "run").glob("*/samples/*.jsonl"))) == 2
+    found = make(tmp_path / "run", policy, AgainstBaseline(), engine=engine(2))
+    whole = make(tmp_path / "whole", policy, AgainstBaseline(), engine=engine(2))
+    for name in ("groups.jsonl", "columns.npy"):
+        assert (found.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert {path.name for path in found.folder.iterdir()} == {
+        path.name for path in whole.folder.iterdir()
+    }
