@@ -12,6 +12,12 @@ from helpsteer2.errors import UserError
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 """The five rated attributes, in the order of the data set's columns and of every score vector."""
 
+STEERLM_ATTRIBUTES = ("quality", "toxicity", "humor", "creativity", *HELPSTEER2_ATTRIBUTES)
+"""The nine attributes of SteerLM, in the order of NeMo-Aligner's labels and regression rows.
+
+Source: NVIDIA/NeMo-Aligner at af2b3bd9, examples/nlp/data/steerlm/common.py.
+"""
+
 RATING_MIN, RATING_MAX = 0.0, 4.0
 """Range of a rating (Likert 0–4)."""
 

@@ -118,40 +118,49 @@ def histograms(columns: Mapping[str, Sequence[float]], *, title: str) -> Figure:
 
 
 def heat_map(matrix: npt.ArrayLike, labels: Sequence[str], *, title: str) -> Figure:
-    """A matrix of correlations, every cell with its number.
+    """A square matrix of correlations, as ``heat_maps``."""
+    return heat_maps({"": matrix}, labels, labels, unit="correlation (−1 … 1)", title=title)
+
+
+def heat_maps(
+    matrices: Mapping[str, npt.ArrayLike],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    unit: str,
+    title: str,
+    labels: tuple[str, str] = ("", ""),
+) -> Figure:
+    """Matrices of one shape, a panel each, every cell with its number.
 
     Args:
-        matrix: ``(K, K)`` values from −1 to 1; NaN is shown as not known.
-        labels: K names, of the rows as of the columns.
+        matrices: ``(R, C)`` values by name, coloured from −1 to 1; NaN and None are not known.
+        rows: R names.
+        columns: C names.
+        unit: What the numbers are, beside their colours.
         title: Stands above.
-
-    Returns:
-        A figure, not shown anywhere yet.
+        labels: Names of the axes, of the columns and of the rows.
 
     Raises:
-        ValueError: If the matrix is not K × K.
+        ValueError: If there is no matrix, or one is not R × C.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    values = np.asarray(matrix, dtype=np.float64)
-    if values.shape != (len(labels), len(labels)):
-        raise ValueError(f"{len(labels)} labels for a matrix of shape {values.shape}")
     with style():
-        side = 1.8 + 0.7 * len(labels)
-        figure = Figure(figsize=(side + 1.0, side), layout="constrained")
-        figure.suptitle(title)
-        axes = figure.add_subplot()
-        colours = colormaps["RdBu_r"].with_extremes(bad="#DDDDDD")
-        image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=-1.0, vmax=1.0)
-        axes.grid(visible=False)
-        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
-        for (row, column), value in np.ndenumerate(values):
-            text = "–" if math.isnan(value) else f"{value:.2f}"
-            colour = "white" if abs(value) > 0.65 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour)
-        figure.colorbar(image, ax=axes, label="correlation (−1 … 1)")
+        sides = (1.8 + 0.7 * len(columns), 1.8 + 0.7 * len(rows))
+        figure, panels = _panels(len(matrices), title, *sides)
+        for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
+            values = np.asarray(matrix, dtype=np.float64)
+            if values.shape != (len(rows), len(columns)):
+                raise ValueError(f"{len(rows)} by {len(columns)} labels for shape {values.shape}")
+            image = axes.imshow(values, cmap="RdBu_r", vmin=-1.0, vmax=1.0)
+            axes.grid(visible=False)  # and the face is seen where nothing is known
+            axes.set(xlabel=labels[0], ylabel=labels[1], title=name, facecolor="#DDDDDD")
+            axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+            axes.set_yticks(range(len(rows)), rows)
+            for (row, column), value in np.ndenumerate(values):
+                text = "–" if math.isnan(value) else f"{value:.2f}"
+                colour = "white" if abs(value) > 0.65 else "black"
+                axes.text(column, row, text, ha="center", va="center", color=colour)
+        figure.colorbar(image, ax=panels, label=unit)
     return figure
 
 
@@ -246,18 +255,12 @@ def bars(
         ValueError: If there is no series, or one has not a figure for each label.
     """
     with style():
-        figure, (axes,) = _panels(1, title)
-        figure.set_size_inches(1.5 + 1.5 * len(labels), 3.3)
+        figure, (axes,) = _panels(1, title, 1.5 + 1.5 * len(labels))
         width, places = 0.8 / max(1, len(series)), np.arange(len(labels))
         for i, (name, intervals) in enumerate(series.items()):
             if len(intervals) != len(labels):
                 raise ValueError(f"{name}: {len(intervals)} figures for {len(labels)} labels")
-            value, low, high = (
-                np.array([interval[end] for interval in intervals], dtype=np.float64)
-                for end in ("value", "low", "high")
-            )
-            # Rounding may put a value a hair beside its own interval.
-            ends = np.nan_to_num(np.maximum([value - low, high - value], 0.0))
+            value, ends = _with_ends(intervals)
             shifted = places + (i - (len(series) - 1) / 2) * width
             axes.bar(shifted, value, 0.9 * width, label=name, yerr=ends, ecolor="black")
         axes.set_xticks(places, labels)
@@ -285,19 +288,54 @@ def curves(
         The figure.
     """
     with style():
-        figure, (axes,) = _panels(1, title)
-        figure.set_size_inches(6.4, 4.4)
+        figure, (axes,) = _panels(1, title, 6.4, 3.9)
         for i, (name, values) in enumerate(y.items()):
             known_x, known = _both_finite(x[name], values)
-            dashes = ("-", "--", ":")[i // COLOURS % 3]
-            axes.plot(known_x, known, dashes, marker="o", markersize=3, label=name)
+            _line(axes, i, known_x, known, name=name)
         axes.set(xlabel=labels[0], ylabel=labels[1])
         if len(y) > 1:
             axes.legend()
     return figure
 
 
-def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
+def interval_curves(
+    panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+    x: Sequence[float],
+    *,
+    labels: tuple[str, str],
+    limits: tuple[float, float],
+    title: str,
+) -> Figure:
+    """Figures with their intervals along an axis, beside the line where both axes are equal.
+
+    Args:
+        panels: By panel and line the figures at ``x``, each as in ``bars``; the same lines in all.
+        x: Where the figures stand; lines are moved a little, to tell their intervals apart.
+        labels: Names of the two axes.
+        limits: Ends of both axes.
+        title: Stands above.
+
+    Raises:
+        ValueError: If there is no panel, or a line has not a figure for each x.
+    """
+    with style():
+        figure, found = _panels(len(panels), title)
+        for axes, (panel, lines) in zip(found, panels.items(), strict=True):
+            for i, (name, intervals) in enumerate(lines.items()):
+                if len(intervals) != len(x):
+                    raise ValueError(f"{name}: {len(intervals)} figures for {len(x)} places")
+                shifted = np.asarray(x) + 0.04 * (i - (len(lines) - 1) / 2)
+                _line(axes, i, shifted, *_with_ends(intervals), name=name)
+            axes.set(xlabel=labels[0], ylabel=labels[1], xlim=limits, ylim=limits, title=panel)
+            _identity(axes)
+        if len(lines) > 1:  # the same in all panels
+            figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside lower center")
+    return figure
+
+
+def _panels(
+    count: int, title: str, width: float = 3.2, height: float = 2.8
+) -> tuple[Figure, list[Axes]]:
     """A figure with a title and panels in rows of three."""
     # Not through pyplot, which would keep every figure alive and choose a display.
     from matplotlib.figure import Figure
@@ -306,9 +344,25 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
         raise ValueError("nothing to draw: there is no column")
     columns = min(count, COLUMNS)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(3.2 * columns, 0.5 + 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, 0.5 + height * rows), layout="constrained")
     figure.suptitle(title)
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+
+
+def _with_ends(intervals: Sequence[Mapping[str, float]]) -> tuple[FloatArray, FloatArray]:
+    """Values ``(N,)``, and how far below and above them their intervals end ``(2, N)``."""
+    value, low, high = (
+        np.array([interval[end] for interval in intervals], dtype=np.float64)
+        for end in ("value", "low", "high")
+    )
+    # Rounding may put a value a hair beside its own interval.
+    return value, np.nan_to_num(np.maximum([value - low, high - value], 0.0))
+
+
+def _line(axes: Axes, number: int, x: Any, y: Any, ends: Any = None, *, name: str) -> None:
+    """A line with a mark at each point, and bars to ``ends``; further lines are dashed."""
+    dashes = ("-", "--", ":")[number // COLOURS % 3]
+    axes.errorbar(x, y, ends, fmt="o", linestyle=dashes, markersize=3, label=name, clip_on=False)
 
 
 def _finite(values: npt.ArrayLike) -> FloatArray:

@@ -30,6 +30,10 @@ def every_figure():
         "bars": plots.bars(series, ["helpfulness"], title="t", limits=(0, 4)),
         "histograms": plots.histograms({"rated": RATED, "length": PREDICTED}, title="t"),
         "heat_map": plots.heat_map(MATRIX, ["a", "b", "c"], title="t"),
+        "heat_maps": plots.heat_maps({"p": MATRIX[:2]}, "ab", "abc", unit="u", title="t"),
+        "interval_curves": plots.interval_curves(
+            {"a": series}, [0.0], labels=("x", "y"), limits=(0, 4), title="t"
+        ),
         "scatter": plots.scatter(pair, title="t"),
         "calibration": plots.calibration(bins, title="t"),
     }
@@ -101,8 +105,29 @@ def test_heat_map_says_every_number() -> None:
     assert texts[2, 0] == "–"
     assert len(texts) == 9
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"2 labels for a matrix of shape \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"2 by 2 labels for shape \(3, 3\)"):
         plots.heat_map(MATRIX, ["a", "b"], title="t")
+
+
+def test_heat_maps_of_several_models_share_their_colours() -> None:
+    matrices = {"one": [[0.5, None]], "other": [[2.0, -0.5]]}
+    figure = plots.heat_maps(
+        matrices, ["asked"], ["a", "b"], labels=("moved", "asked"), unit="points", title="t"
+    )
+    *panels, colours = figure.axes
+    assert [axes.get_title() for axes in panels] == ["one", "other"]
+    assert [[text.get_text() for text in axes.texts] for axes in panels] == [
+        ["0.50", "–"],
+        ["2.00", "-0.50"],
+    ]
+    for axes in panels:
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["asked"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+        # White is 0, in every panel.
+        assert axes.images[0].get_clim() == (-1.0, 1.0)
+    assert colours.get_ylabel() == "points"
+    with pytest.raises(ValueError, match=r"1 by 2 labels for shape \(1, 1\)"):
+        plots.heat_maps({"x": [[0.0]]}, ["asked"], ["a", "b"], unit="points", title="t")
 
 
 def test_scatter_moves_dots_sideways_only_and_marks_the_means() -> None:
@@ -163,6 +188,36 @@ def test_curves_go_from_point_to_point_and_leave_out_what_is_not_known() -> None
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[0, 1], [1, 3]], [[0, 5]]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("KL", "score")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_interval_curves_hold_the_figures_beside_the_identity() -> None:
+    one = [{"value": 1.0, "low": 0.5, "high": 2.0}, {"value": None, "low": None, "high": None}]
+    other = [{"value": 3.0, "low": 3.0, "high": 3.0}, {"value": 4.0, "low": None, "high": None}]
+    figure = plots.interval_curves(
+        {"a": {"one": one, "other": other}, "b": {"one": other, "other": one}},
+        [0.0, 4.0],
+        labels=("asked", "got"),
+        limits=(0, 4),
+        title="t",
+    )
+    first, second = figure.axes
+    for axes in (first, second):
+        assert axes.get_xlim() == axes.get_ylim() == (0, 4)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("asked", "got")
+        identity = axes.lines[-1]
+        assert (identity.get_xy1(), identity.get_slope()) == ((0.0, 0.0), 1.0)
+    lines, others = ([container[0] for container in axes.containers] for axes in (first, second))
+    np.testing.assert_equal(lines[0].get_ydata(), [1.0, math.nan])
+    np.testing.assert_equal(lines[1].get_ydata(), others[0].get_ydata())
+    # Moved aside by less than could be taken for another x.
+    assert np.abs(lines[0].get_xdata() - [0.0, 4.0]).max() < 0.1
+    assert np.all(lines[0].get_xdata() < lines[1].get_xdata())
+    bar = first.containers[0][2][0].get_segments()[0]
+    assert bar[:, 1].tolist() == [0.5, 2.0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "other"]
+    with pytest.raises(ValueError, match="2 figures for 1 places"):
+        plots.interval_curves({"a": {"one": one}}, [0.0], labels=("", ""), limits=(0, 4), title="t")
 
 
 def test_names_are_no_formulas_and_nothing_known_is_said(tmp_path: Path) -> None:

@@ -44,6 +44,18 @@ CONFIG_COMMANDS = {
             "pairs",
         ),
         ConfigCommand(
+            "label",
+            "give responses or prompts the attribute labels that a policy answers behind (SteerLM)",
+            "helpsteer2.commands.label.label",
+            "label",
+        ),
+        ConfigCommand(
+            "weigh",
+            "importance weights of a policy's samples, for training by SteerLM 2.0",
+            "helpsteer2.commands.weigh.weigh",
+            "weigh",
+        ),
+        ConfigCommand(
             "reference",
             "log-probabilities of a policy, for training that compares with it (module=dpo)",
             "helpsteer2.commands.reference.reference",
@@ -71,7 +83,7 @@ OTHER_COMMANDS = {
     "score": "rows of prompt and response on standard input, scores on standard output",
     "serve": "a reward model behind HTTP, for many clients at once",
     "data": "describe a data set, or validate data files",
-    "quickstart": "language model, reward model, DPO, PPO and RLOO on made-up data, then a table",
+    "quickstart": "a language model, a reward model and every method on made-up data, then a table",
     "world": "write made-up data in HelpSteer2's files, or rate answers by its oracle",
 }
 """Commands with arguments of their own: name to summary."""

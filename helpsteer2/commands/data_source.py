@@ -12,10 +12,11 @@ from typing import Any
 
 from helpsteer2.config.command import ConfigCommand
 from helpsteer2.data.checks import detect_schema, schema_problems
-from helpsteer2.data.groups import GroupSource, Report
+from helpsteer2.data.groups import GroupSource, Report, Unlabelled
 from helpsteer2.data.rows import SPLITS, Part, find_files, local_path, read_part, split_of
 from helpsteer2.data.sources.base import RowSource
 from helpsteer2.data.sources.chat_files import ChatFiles
+from helpsteer2.data.sources.each_answer import EachAnswer
 from helpsteer2.data.sources.folds import PromptFolds
 from helpsteer2.data.sources.group_files import GroupFiles
 from helpsteer2.data.sources.helpsteer import HelpSteer1, HelpSteer2
@@ -112,13 +113,21 @@ def passes(source: GroupSource, split: str | None, report: Report) -> Iterator[t
     Yields:
         Splits. Some data are read as a whole for each: after the first, problems go to ``silent``.
     """
-    whole = isinstance(source, PromptFolds) or _is_one_table(source)
+    rows = _behind(source)
+    whole = isinstance(rows, PromptFolds) or _is_one_table(rows)
     for i, part in enumerate([split] if split else splits_of(source)):
         yield part, silent if whole and i else report
 
 
 def silent(problem: Problem) -> None:
     """Tell nobody."""
+
+
+def _behind(source: GroupSource) -> GroupSource:
+    """The source whose splits these are; what changes single groups has none of its own."""
+    while isinstance(source, EachAnswer | Unlabelled):
+        source = source.of
+    return source
 
 
 def _is_one_table(source: GroupSource) -> bool:
@@ -128,7 +137,7 @@ def _is_one_table(source: GroupSource) -> bool:
 
 def splits_of(source: GroupSource) -> list[str]:
     """Splits of a source; ``train`` if none is found in a folder, so that reading it says why."""
-    both = ["train", "validation"]
+    both, source = ["train", "validation"], _behind(source)
     if not isinstance(source, RowSource):
         return both
     local = local_path(source.path)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,10 +13,9 @@ from rich.table import Table
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.commands.run_folder import RunFolder
+from helpsteer2.commands.splits import write_splits
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.pairing import By, PairCounts, Pairing
-from helpsteer2.data.rows import SPLITS
-from helpsteer2.data.sources.group_files import write_groups
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.report import named_table
 from helpsteer2.records import environment
@@ -77,7 +75,7 @@ def pairs(
             raise UserError(f"no pair is left of the split {split!r}: {_told(of)}")
 
     with folder.locked("pairs"):
-        _write(folder.path, {split: made(split) for split in splits}, data.attribute_names)
+        write_splits(folder.path, {split: made(split) for split in splits}, data.attribute_names)
         folder.write_result(
             {
                 "kind": "pairs",
@@ -94,21 +92,6 @@ def pairs(
         console.print(counts_table(of, f"pairs of {split!r} by {by}"))
     names = ", ".join(f"{split}.jsonl" for split in splits)
     console.print(f"wrote {names} in {folder.path}", soft_wrap=True)
-
-
-def _write(folder: Path, splits: Mapping[str, Iterable[Group]], names: Sequence[str]) -> None:
-    """Put the files of all splits in place once each is whole; those of other splits go."""
-    aside = {split: folder / f".{split}.jsonl" for split in splits}
-    try:
-        for split, groups in splits.items():
-            write_groups(aside[split], groups, names)
-        for split, path in aside.items():
-            path.replace(folder / f"{split}.jsonl")
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
-    for split in set(SPLITS).difference(splits):  # it would be of other settings
-        (folder / f"{split}.jsonl").unlink(missing_ok=True)
 
 
 def counts_table(counts: PairCounts, title: str) -> Table:

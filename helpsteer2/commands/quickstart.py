@@ -1,4 +1,4 @@
-"""``helpsteer2 quickstart``: DPO, PPO and RLOO in the made-up world, from nothing to a table."""
+"""``helpsteer2 quickstart``: every method in the made-up world, from nothing to a table."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ from helpsteer2.pipeline.stages import override_text
 
 WEIGHTING = "helpsteer2_rlhf"
 PROMPTS = 128
+STEERED_PROMPTS = 32
+"""Each of them is answered behind 21 labels."""
+
+STEERLM_2 = "SteerLM 2.0"
 UNSEEN = 1000
 """Seed of the data that judge the reward model: others chose its checkpoint."""
 
@@ -60,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
     console.print(
         "A small language model learns to speak of a made-up world; a reward model learns from it "
         "what\nannotators like; DPO makes its answers better, on rated pairs and on its own "
-        "samples; so do\nPPO and RLOO, by the reward itself.\n"
+        "samples; so do\nPPO and RLOO, by the reward itself; with SteerLM it answers as a label "
+        "asks, and SteerLM 2.0\nmakes it listen better.\n"
         f"To go on after a stop: {_program()} quickstart --run-dir {shlex.quote(str(run_dir))}",
         highlight=False,
         soft_wrap=True,
@@ -78,10 +83,12 @@ def main(argv: Sequence[str]) -> int:
     exports = policies(result)
     reward_model = _export(result, "reward_model", "reward_model")
     console.print("evaluation on prompts that no training has seen")
-    places = [run_dir / "evaluation_of_rewards", run_dir / "evaluation"]
+    names = ("evaluation_of_rewards", "evaluation", "evaluation_of_steering")
+    places = [run_dir / name for name in names]
     for table in reward_tables(_reward_metrics(places[0], reward_model)):
         console.print(table)
     console.print(policies_table(_policy_metrics(places[1], exports)))
+    console.print(steering_table(_steering_metrics(places[2], steered(exports))))
     told = f"{time.monotonic() - started:.0f} s in all; more figures, answers and plots:"
     console.print(told, highlight=False)
     for folder in (*places, Path(reward_model).parent / "plots"):
@@ -102,13 +109,22 @@ def policies(result: Mapping[str, Any]) -> dict[str, str]:
     """
     pipeline = result["config"]["pipeline"]
     methods = [name for name, method in pipeline["methods"].items() if method is not None]
+    iterations = pipeline["steerlm2_iterations"]
     stages = {
         "SFT": "sft",
         "DPO on pairs": "dpo",
         **{f"iteration {i}": f"dpo_{i}" for i in range(1, pipeline["iterations"] + 1)},
         **{name.upper(): name for name in methods},
+        "SteerLM": "steerlm",
+        **{f"{STEERLM_2}, {i}": f"steerlm2_{i}" for i in range(1, iterations + 1)},
     }
     return {name: _export(result, stage, "policy") for name, stage in stages.items()}
+
+
+def steered(exports: Mapping[str, str]) -> dict[str, str]:
+    """The policies that read labels, behind the one that all started from, which does not."""
+    start = next(iter(exports))
+    return {name: path for name, path in exports.items() if name == start or "SteerLM" in name}
 
 
 def _export(result: Mapping[str, Any], stage: str, given: str) -> str:
@@ -144,6 +160,22 @@ def _policy_metrics(folder: Path, exports: Mapping[str, str]) -> dict[str, Any]:
     })  # fmt: skip
     by_path = {
         model["path"]: record["metrics"][name]["world_policy"]
+        for name, model in record["models"].items()
+    }
+    return {name: by_path[path] for name, path in exports.items()}
+
+
+def _steering_metrics(folder: Path, exports: Mapping[str, str]) -> dict[str, Any]:
+    """How closely policies follow their labels, by their names in the table."""
+    record = _evaluation(folder, {
+        "model": list(exports.values()),
+        "evaluator": ["steerability"],
+        "evaluators.steerability.data.validation_groups": STEERED_PROMPTS,
+        "evaluators.steerability.sampling.n": 2,
+        "evaluators.steerability.sampling.max_tokens": 64,
+    })  # fmt: skip
+    by_path = {
+        model["path"]: record["metrics"][name]["steerability"]
         for name, model in record["models"].items()
     }
     return {name: by_path[path] for name, path in exports.items()}
@@ -260,6 +292,30 @@ def policies_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def steering_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """How closely the answers follow what labels ask for.
+
+    Args:
+        results: By name of the policy, as made by ``SteerabilityEvaluation.evaluate``.
+    """
+    first = next(iter(results.values()))
+    names = list(first["attributes"])
+    table = named_table(
+        f"labels: rank correlation of asked and got, {first['prompts']} unseen prompts",
+        ["", *names, "gap", "cross-talk"],
+        caption=(
+            "gap: mean distance of the rating that was asked for to the oracle's, in points; "
+            "cross-talk: points by which another rating moves for a point asked. The first row "
+            "reads no label."
+        ),
+    )
+    for name, result in results.items():
+        ranks = [_number(result["attributes"][of]["spearman"], ".2f") for of in names]
+        gap, talk = _with_ends(result["gap"], ".2f"), _number(result["cross_talk"], ".2f")
+        table.add_row(name, *ranks, gap, talk)
+    return table
+
+
 def _with_ends(figure: Mapping[str, float | None], form: str) -> str:
     """A figure with its interval in brackets."""
     value, low, high = (figure[key] for key in ("value", "low", "high"))
@@ -272,8 +328,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="helpsteer2 quickstart",
         description=(
-            "A language model, a reward model, DPO and its iterations, PPO and RLOO on made-up "
-            "data, and a table of what each has brought."
+            "A language model, a reward model, DPO and its iterations, PPO, RLOO, SteerLM and "
+            "SteerLM 2.0 on made-up data, and a table of what each has brought."
         ),
     )
     parser.add_argument(
@@ -308,6 +364,7 @@ def _next_steps(policy: str, reward_model: str) -> str:
             f"  {program} sample model={policy} data=world max_prompts=5 sampling.n=3",
             f"  {program} pipeline experiment=pipeline/world_iterative_dpo  # DPO, the whole of it",
             f"  {program} pipeline experiment=pipeline/world_on_policy      # PPO, RLOO likewise",
+            f"  {program} pipeline experiment=pipeline/world_steerlm2       # SteerLM, SteerLM 2.0",
             f"  {program} data describe world                               # what is in the data",
             f"  {program} train experiment=reward/local_slice data.path=DIR # your own ratings",
             f"  {program} check experiment=reward/helpsteer2_llama3_70b     # the paper's recipe",

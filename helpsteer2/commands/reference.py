@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.data.chat import ChatFormat
-from helpsteer2.data.groups import GroupSource
+from helpsteer2.data.groups import GroupSource, Unlabelled
 from helpsteer2.data.lengths import LengthLimits
 from helpsteer2.data.reference import (
     REFERENCE_FILE,
@@ -52,6 +52,7 @@ def reference(
     attention: Literal["auto", "sdpa", "flex", "flash"],
     tokens_per_microbatch: int,
     cache_dir: str,
+    labels: bool = True,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the log-probability of every response token to ``run_dir/reference``.
@@ -73,6 +74,8 @@ def reference(
         attention: Attention backend.
         tokens_per_microbatch: Most tokens of one forward pass.
         cache_dir: Folder for tokenised data.
+        labels: Whether the labels of the groups are read; without them it is log P(y|x) of a policy
+            that was trained without any.
         config: The whole configuration, kept in the result.
 
     Raises:
@@ -89,11 +92,13 @@ def reference(
         # As training makes them, so that they are the same ids.
         bound = PolicyStart().chat(chat, Backbone(tokenizer, model), lambda: iter(()), cache_dir)
         close_cut = PolicyStart.closes_cut_responses
+        read = data if labels else Unlabelled(data)
         groups = {
-            split: tokenise(data, split, bound, lengths, (), cache_dir, close_cut)
+            split: tokenise(read, split, bound, lengths, (), cache_dir, close_cut)
             for split in splits
         }
-        weights, inputs = policy_hash(model), ReferenceInputs.of(bound, lengths, dtype, precision)
+        weights = policy_hash(model)
+        inputs = ReferenceInputs.of(bound, lengths, dtype, precision, labels)
         if folder.result() is not None and _is_there(place, weights, inputs, groups):
             console.print(f"{place} holds these log-probabilities already", soft_wrap=True)
             return
@@ -123,7 +128,7 @@ def reference(
             f"log-probability {figures['mean_token_logprob']:.4f} a token",
             highlight=False,
         )
-    console.print(f"wrote {place}: helpsteer2 train module=dpo reference={place}", soft_wrap=True)
+    console.print(f"wrote {place}, for reference={place} of helpsteer2 train", soft_wrap=True)
 
 
 def _is_there(

@@ -13,9 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.sample_store import SampleStore
 from helpsteer2.data.groups import Group, GroupSource, read_prompts
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import model_key
-from helpsteer2.generation.sampling import Engine, Sampler, SamplingParams, sampled_group
+from helpsteer2.generation.sampling import (
+    Engine,
+    Sampler,
+    SamplingParams,
+    sampled_group,
+    with_labels,
+)
 from helpsteer2.records import differing_keys, environment
 
 GROUPS_FILE, SETTINGS_FILE = "groups.jsonl", "sampling.yaml"
@@ -34,6 +41,7 @@ def sample(
     max_prompt_tokens: int,
     sampling: SamplingParams,
     engine: Engine,
+    steering: Mapping[str, int] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Sample responses of a policy to the prompts of a data set.
@@ -52,6 +60,9 @@ def sample(
         max_prompt_tokens: Longest prompt; longer ones are left out, counted and named.
         sampling: How to draw.
         engine: What samples.
+        steering: What the answers of a policy that was trained with labels shall be like: ratings
+            0–4 by attribute, the same for all prompts. Attributes left out have the usual values.
+            None takes the label of each prompt.
         config: The whole configuration, kept in the result.
 
     Raises:
@@ -60,6 +71,7 @@ def sample(
             settings, another process uses it, or it cannot be written.
     """
     started, console = datetime.now(timezone.utc), Console()
+    label = _asked(steering)
     folder = RunFolder(run_dir)
     partial = folder.path / PARTIAL_FILE
     with folder.locked("sample"):
@@ -72,6 +84,7 @@ def sample(
             "max_prompt_tokens": max_prompt_tokens,
             "sampling": sampling,
             "engine": engine.identity,
+            "steering": None if label is None else label.as_dict(),
         }
         if (done := folder.result()) is not None and not partial.exists():
             # To ask again what its ids mean takes the model or its server.
@@ -84,6 +97,9 @@ def sample(
         sampler = engine.open(model, dtype, attention)
         settings["model"] = {**known, "ids_hash": sampler.ids_hash}
         _check_settings(folder, settings)
+        prompts = with_labels(prompts, label, sampler.label_attributes)
+        if label is not None:
+            console.print(f"answers are asked to be {prompts[0].label}", highlight=False)
         fitting, too_long = _by_length(prompts, sampler, max_prompt_tokens)
         clock = time.monotonic()
         with SampleStore(partial) as store:
@@ -112,6 +128,16 @@ def sample(
             store.remove()
     console.print(_summary(metrics))
     console.print(f"wrote {folder.path / GROUPS_FILE}", soft_wrap=True)
+
+
+def _asked(steering: Mapping[str, int] | None) -> AttributeLabel | None:
+    """The label of all prompts, if there is one."""
+    if steering is None:
+        return None
+    try:
+        return AttributeLabel.of(steering)
+    except UserError as error:
+        raise UserError(f"steering: {error}") from error
 
 
 def _check_settings(folder: RunFolder, settings: Mapping[str, Any]) -> None:

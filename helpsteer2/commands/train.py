@@ -281,6 +281,7 @@ class _Run:
                 seed=self.seed,
                 device=trainer.strategy.root_device,
                 autocast=torch.bfloat16 if trainer.precision == "bf16-mixed" else None,
+                label_attributes=data.label_attributes,
             )
         )
         module = self.make_module(model=model)

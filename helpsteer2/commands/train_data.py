@@ -54,6 +54,11 @@ class TrainingData:
     reference: Mapping[str, Any] | None = None
     validation_prompts_in_train: int | None = None
 
+    @property
+    def label_attributes(self) -> tuple[str, ...]:
+        """What the labels behind the prompts are of."""
+        return self.train.label_attributes
+
     def fingerprints(self) -> dict[str, Any]:
         """Hashes of everything that the ids depend on."""
         return {

@@ -100,6 +100,11 @@ class RolloutData:
         start_path = backbone.path if is_loaded else None
         return cls(settings, chat, prompts, report, reward, watched, description, start_path)
 
+    @property
+    def label_attributes(self) -> tuple[str, ...]:
+        """What the labels behind the prompts are of."""
+        return self.report.label_attributes
+
     def fingerprints(self) -> dict[str, Any]:
         """Hashes of all that rollouts depend on."""
         standard = self.reward.standardisation

@@ -31,6 +31,7 @@ SHARE = Range("0 to 1", lambda number: 0 <= number <= 1)
 PART = Range("0 or more and below 1", lambda number: 0 <= number < 1)
 MINORITY = Range("0 or more and below 0.5", lambda number: 0 <= number < 0.5)
 BETWEEN = Range("between 0 and 1", lambda number: 0 < number < 1)
+CONCENTRATION = Range("0.5 to 2000", lambda number: 0.5 <= number <= 2000)
 
 BY_PATH: Mapping[str, Range] = {
     **dict.fromkeys((
@@ -39,6 +40,7 @@ BY_PATH: Mapping[str, Range] = {
         "tokens_per_microbatch", "max_prompts", "max_prompt_tokens",
         "lengths.max_prompt_tokens", "lengths.max_response_tokens", "backbone.lora.rank",
         "module.critic.lora.rank", "rollouts.rewarder.tokens_per_microbatch",
+        "pipeline.steerlm2_iterations",
     ), COUNT),
     **dict.fromkeys((
         "batching.epochs", "module.optimizer.lr", "module.gradient_clip", "backbone.lora.alpha",
@@ -84,6 +86,11 @@ BY_CLASS: Mapping[str, Mapping[str, Range]] = {
         **dict.fromkeys(("groups", "validation_groups", "responses"), COUNT),
         "marked": SHARE,
     },
+    "helpsteer2.rewards.likelihood.BetaLikelihood": {
+        "concentration": CONCENTRATION,
+        "clamp": Range("above 0 and below 0.1", lambda number: 0 < number < 0.1),
+        "floor": Range("-708 or more and below 0", lambda number: -708 <= number < 0),
+    },
     "helpsteer2.evaluation.ratings.RatingEvaluation": {
         "resamples": COUNT, "calibration_bins": COUNT,
     },
@@ -93,6 +100,10 @@ BY_CLASS: Mapping[str, Mapping[str, Range]] = {
     "helpsteer2.evaluation.judge_bench.JudgeBench": {"resamples": COUNT},
     "helpsteer2.evaluation.world_policy.WorldPolicyEvaluation": {"resamples": COUNT},
     "helpsteer2.evaluation.alpha_search.AlphaSearch": {"resamples": COUNT},
+    "helpsteer2.evaluation.label_likelihood.LabelLikelihoodEvaluation": {
+        "resamples": COUNT, "concentration": CONCENTRATION,
+    },
+    "helpsteer2.evaluation.steerability.SteerabilityEvaluation": {"resamples": COUNT},
 }  # fmt: skip
 """Of arguments of a class, wherever a node builds one; the classes refuse the same numbers."""
 

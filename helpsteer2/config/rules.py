@@ -223,11 +223,11 @@ def preferences_train_one_score(settings: Settings) -> Iterator[Finding]:
 
 
 def reference_goes_with_its_loss(settings: Settings) -> Iterator[Finding]:
-    """DPO and its kin compare with a reference policy; the other losses read none."""
+    """DPO and its kin and SteerLM 2.0 compare with a reference; the other losses read none."""
     module, reference = settings["module._target_"], settings["reference"]
     if not isinstance(module, str):
         return
-    wanted = module.endswith((".DPOModule", ".RPOModule"))
+    wanted = module.endswith((".DPOModule", ".RPOModule", ".SteerLM2Module"))
     if wanted and reference is None:
         yield (
             "reference",

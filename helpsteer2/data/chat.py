@@ -4,7 +4,9 @@ The definition that training, scoring and sampling share:
 
 * the prompt's text is ``render(messages, add_generation_prompt=True)``;
 * a response's text is ``render(messages + [answer])`` without the prompt's text in front;
-* the two are tokenised apart, and the prompt starts with exactly one BOS if the model has one.
+* the two are tokenised apart, and the prompt starts with exactly one BOS if the model has one;
+* an attribute label stands between them, tokenised apart too: with it and without it, the ids of
+  prompt and response are the same.
 
 Where a template ends the prompt with a special token this gives the ids of the whole conversation;
 elsewhere a token may span the boundary, and ``boundary_difference`` says how often it does.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, takewhile
@@ -27,7 +29,9 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from helpsteer2.data.groups import Group, Message
+from helpsteer2.data.groups import Message
+from helpsteer2.data.label_encoder import LabelEncoder
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.data.templates import SHIPPED, find_template, freeze_date
 from helpsteer2.data.text_encoder import TextEncoder, tokenizer_parts
 from helpsteer2.errors import UserError
@@ -49,17 +53,27 @@ class ChatFormat:
             or the path of a ``.jinja`` file.
         system_prompt: System message of every conversation that has none of its own. NeMo-Aligner
             gives all reward-model data the same one; nothing is added unless it is set here.
+        label_form: How an attribute label is written behind the generation prompt, ``{label}``
+            standing for it; None as the template has it: ``<extra_id_2>{label}`` and a newline in
+            ``extra_id``, the label and a newline in all others.
 
     Raises:
-        UserError: If the template is neither a known name nor a ``.jinja`` path.
+        UserError: If the template is neither a known name nor a ``.jinja`` path, or the form has no
+            ``{label}``.
 
     Source: NVIDIA/NeMo-Aligner examples/nlp/data/steerlm/common.py (``extra_id``).
     """
 
     template: str = "auto"
     system_prompt: str | None = None
+    label_form: str | None = None
 
     def __post_init__(self) -> None:
+        if self.label_form is not None and self.label_form.count("{label}") != 1:
+            raise UserError(
+                f"chat.label_form={self.label_form!r} has to hold {{label}} once, where the "
+                "attribute label stands"
+            )
         known = ("auto", "backbone", *SHIPPED)
         if self.template not in known and not self.template.endswith(".jinja"):
             raise UserError(
@@ -84,7 +98,7 @@ class ChatFormat:
         if name == "auto":
             name = "backbone" if tokenizer.chat_template else "plain"
         text = find_template(name, tokenizer)
-        return BoundChat(tokenizer, Path(name).stem, text, self.system_prompt)
+        return BoundChat(tokenizer, Path(name).stem, text, self.system_prompt, self.label_form)
 
 
 class BoundChat:
@@ -95,6 +109,7 @@ class BoundChat:
         template_name: What the template is called in reports.
         template_text: Jinja source.
         system_prompt: System message of conversations that have none.
+        label_form: How a label is written; None as the template has it.
 
     Attributes:
         template_text: Jinja source as rendered, with the date frozen if it asks for one.
@@ -102,6 +117,7 @@ class BoundChat:
         closing_text: What the template writes after an answer.
         closing_ids: Its ids, as they stand at the end of a response.
         system_prompt: As given.
+        labels: Writes attribute labels behind the generation prompt.
 
     Raises:
         UserError: As ``ChatFormat.bind``.
@@ -113,6 +129,7 @@ class BoundChat:
         template_name: str,
         template_text: str,
         system_prompt: str | None = None,
+        label_form: str | None = None,
     ) -> None:
         template_text = freeze_date(template_text)
         self.tokenizer = tokenizer
@@ -120,6 +137,7 @@ class BoundChat:
         self.template_text = template_text
         self.template_hash = hashlib.sha256(template_text.encode()).hexdigest()
         self.system_prompt = system_prompt
+        self.labels = LabelEncoder(self, label_form)
         self._text_encoder = TextEncoder(tokenizer)
         bos = tokenizer.bos_token_id
         self._wants_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -156,20 +174,24 @@ class BoundChat:
         parts = [*tokenizer_parts(self.tokenizer), self.template_text]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], label: AttributeLabel | None = None
+    ) -> list[int]:
         """Ids of a prompt through its generation prompt, with exactly one BOS if the model has one.
 
         Args:
             messages: Chat messages, the last one from the user.
+            label: What the answer shall be like; None leaves that open.
 
         Returns:
-            Ids, ``(P,)``.
+            Ids, ``(P,)``, those of the label last.
 
         Raises:
-            UserError: If the template refuses the messages.
+            UserError: If the template refuses the messages, or cannot carry labels.
         """
         pieces = self.prompt_pieces(messages, self._render(messages, True))
-        return self.join_prompt(self.encode(pieces))[0]
+        ids, _ = self.join_prompt(self.encode(pieces))
+        return ids if label is None else ids + self.labels.ids(label)
 
     def prompt_pieces(self, messages: Sequence[Message], text: str) -> list[str]:
         """Cut a prompt's text at the answers that are marked ``train``.
@@ -365,34 +387,6 @@ class BoundChat:
     def _refuse(self, why: str) -> NoReturn:
         """Name the template in an error."""
         raise UserError(f"chat template {self.template_name!r}: {why}")
-
-
-def boundary_difference(chat: BoundChat, groups: Iterable[Group]) -> float:
-    """Share of groups whose ids differ from those of whole conversations encoded as one text.
-
-    Args:
-        chat: Template and tokenizer.
-        groups: Groups to compare.
-
-    Returns:
-        Share, 0 to 1, of the groups with a difference in any response; 0 if there is no group.
-        Groups that the template cannot write as text are left out: of sampled ones only the ids
-        count.
-    """
-    differing = total = 0
-    for group in groups:
-        try:
-            prompt = chat.prompt_ids(group.prompt)
-            differing += any(
-                chat.whole_ids(group.prompt, answer)
-                != prompt + chat.response_ids(group.prompt, answer)[0]
-                for answer in group.responses
-                if answer.strip()  # a sampled one may be empty
-            )
-        except UserError:
-            continue
-        total += 1
-    return differing / total if total else 0.0
 
 
 def _answer(text: str) -> Message:

@@ -31,7 +31,7 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
 OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "groups": (
         *("source", "attributes", "annotations", "preference_strength", "response_ids"),
-        *("tokenizer", "finish_reasons", "logprobs", "scores", "rewards"),
+        *("tokenizer", "finish_reasons", "logprobs", "scores", "rewards", "label"),
     ),
 }
 

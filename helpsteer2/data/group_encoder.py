@@ -3,13 +3,14 @@
 A reward model judges text: every response is encoded from its text and closed, a sampled one too,
 finished or not, and of a prompt the texts alone count. A policy is trained on what it did: a
 response that it sampled keeps its ids, one that was not finished is not closed, and answers inside
-prompts that are marked ``train`` have the ids of responses.
+prompts that are marked ``train`` have the ids of responses. A policy also reads the label of a
+group, behind its prompt; limits cut the prompt without it, so that they cut the same with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -35,6 +36,7 @@ class EncodingReport:
         turns_trained: Answers inside prompts that are learned, of those that are marked and that
             the limits kept.
         turns_not_trained: The others: the template writes them otherwise than as a response.
+        groups_labelled: Groups whose label is read.
     """
 
     responses_by_ids: int = 0
@@ -43,13 +45,14 @@ class EncodingReport:
     responses_empty: int = 0
     turns_trained: int = 0
     turns_not_trained: int = 0
+    groups_labelled: int = 0
 
     def counts(self) -> dict[str, int]:
         """The counters by name."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass
 class GroupEncoder:
     """Encodes groups, many in one call of the tokenizer.
 
@@ -60,6 +63,7 @@ class GroupEncoder:
         for_policy: Whether a policy will be trained on the ids, or a reward model will read them.
         cuts: Counts what the limits cut.
         report: Counts where the ids came from.
+        label_attributes: What the labels are of; those of the first one bind the others.
     """
 
     chat: BoundChat
@@ -68,6 +72,7 @@ class GroupEncoder:
     for_policy: bool
     cuts: CutReport = field(default_factory=CutReport)
     report: EncodingReport = field(default_factory=EncodingReport)
+    label_attributes: tuple[str, ...] = ()
 
     def encode(self, groups: Sequence[Group], first: int) -> Iterator[TokenGroup | UserError]:
         """Encode groups.
@@ -105,8 +110,8 @@ class GroupEncoder:
                 yield error
 
     def as_read(self, group: Group) -> Group:
-        """The group as its reader sees it: to a reward model no answer in a prompt is marked."""
-        return group if self.for_policy else unmarked(group)
+        """The group as its reader sees it: to a reward model nothing is marked or labelled."""
+        return group if self.for_policy else replace(unmarked(group), label=None)
 
     def _keeps_ids(self, group: Group) -> bool:
         """Whether the sampled ids of a group are taken as they are."""
@@ -122,7 +127,7 @@ class GroupEncoder:
         self, group: Group, index: int, pieces: list[list[int]], responses: list[list[int]]
     ) -> TokenGroup:
         """Cut the ids of a group and put its labels in order."""
-        prompt_ids, prompt_mask = self._prompt(group, pieces)
+        prompt_ids, prompt_mask = self._labelled(group, *self._prompt(group, pieces))
         responses = self._responses(group, responses)
         ratings = np.full((len(group.responses), len(self.columns)), np.nan, dtype=np.float32)
         if group.attributes is not None:
@@ -156,6 +161,24 @@ class GroupEncoder:
         self.report.turns_trained += trained
         self.report.turns_not_trained += marked - trained
         return ids, mask
+
+    def _labelled(
+        self, group: Group, ids: list[int], mask: npt.NDArray[np.bool_] | None
+    ) -> tuple[list[int], npt.NDArray[np.bool_] | None]:
+        """Put the label behind the prompt; it is not learned."""
+        if group.label is None:
+            return ids, mask
+        names = self.label_attributes = self.label_attributes or group.label.names
+        if group.label.names != names:
+            raise UserError(
+                f"its label is of {', '.join(group.label.names)}, those before it of "
+                f"{', '.join(names)}: all labels have to name the same attributes"
+            )
+        self.report.groups_labelled += 1
+        label = self.chat.labels.ids(group.label)
+        if mask is not None:
+            mask = np.append(mask, np.zeros(len(label), dtype=bool))
+        return ids + label, mask
 
     def _responses(self, group: Group, encoded: list[list[int]]) -> list[list[int]]:
         """Ids of the responses as far as they fit."""

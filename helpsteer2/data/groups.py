@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypedDict
 
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.errors import DataError, Problem
 
 Role = Literal["system", "user", "assistant"]
@@ -57,6 +58,8 @@ class Group:
         scores: n × A numbers of a reward model, in the order of ``score_names``.
         score_names: Names of the scores; there if and only if they are.
         rewards: One number a response.
+        label: What the responses shall be like: ratings that a policy reads behind the prompt. A
+            reward model does not see them. None without one.
     """
 
     id: str
@@ -73,6 +76,7 @@ class Group:
     scores: tuple[tuple[float, ...], ...] | None = None
     score_names: tuple[str, ...] | None = None
     rewards: tuple[float, ...] | None = None
+    label: AttributeLabel | None = None
 
     @property
     def sampled(self) -> bool:
@@ -105,6 +109,34 @@ class GroupSource(Protocol):
     def fingerprint(self, split: str) -> str:
         """Hash that changes whenever ``read`` would give something else."""
         ...
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """The groups of a source without their labels.
+
+    Args:
+        of: The source.
+    """
+
+    of: GroupSource
+
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """Names of the rating columns."""
+        return self.of.attribute_names
+
+    def read(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream the groups of a split."""
+        return (replace(group, label=None) for group in self.of.read(split, report))
+
+    def prompts(self, split: str, report: Report) -> Iterator[Group]:
+        """Stream the prompts of a split."""
+        return (replace(group, label=None) for group in self.of.prompts(split, report))
+
+    def fingerprint(self, split: str) -> str:
+        """Hash that changes whenever ``read`` would give something else."""
+        return f"unlabelled/{self.of.fingerprint(split)}"
 
 
 def read_all(source: GroupSource, split: str) -> Iterator[Group]:

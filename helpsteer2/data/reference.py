@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REFERENCE_FILE = "reference.json"
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same policy and groups would be stored as something else."""
 
 
@@ -44,6 +44,8 @@ class ReferenceInputs:
         max_response_tokens: Longest response.
         dtype: Type of the weights, ``float32`` or ``bfloat16``.
         precision: ``32-true``, or ``bf16-mixed`` for matrix products in bf16.
+        label_form: How attribute labels are written behind prompts; None if they are not read.
+        labels: Whether the labels of the groups are read.
     """
 
     tokenizer: str
@@ -53,10 +55,17 @@ class ReferenceInputs:
     max_response_tokens: int
     dtype: str
     precision: str
+    label_form: str | None
+    labels: bool = True
 
     @classmethod
     def of(
-        cls, chat: BoundChat, limits: LengthLimits, dtype: str, precision: str
+        cls,
+        chat: BoundChat,
+        limits: LengthLimits,
+        dtype: str,
+        precision: str,
+        labels: bool = True,
     ) -> ReferenceInputs:
         """Take the hashes from the objects that make the ids."""
         return cls(
@@ -67,6 +76,8 @@ class ReferenceInputs:
             max_response_tokens=limits.max_response_tokens,
             dtype=dtype,
             precision=precision,
+            label_form=chat.labels.form if labels else None,
+            labels=labels,
         )
 
 
@@ -78,6 +89,8 @@ KEYS = {
     "max_response_tokens": "lengths.max_response_tokens",
     "dtype": "backbone.dtype",
     "precision": "trainer.precision",
+    "label_form": "chat.label_form",
+    "labels": "labels of helpsteer2 reference",
 }
 """What decides each input in the configuration of a training run."""
 
@@ -152,10 +165,11 @@ class Reference:
             UserError: If one differs; all that differ are named.
         """
         theirs, ours = asdict(self.inputs), asdict(inputs)
+        differing = [name for name in ours if ours[name] != theirs[name]]
+        if "labels" in differing and "label_form" in differing:
+            differing.remove("label_form")  # one side reads none
         lines = [
-            f"  {KEYS[name]}: {theirs[name]!r} there, {ours[name]!r} here"
-            for name in ours
-            if ours[name] != theirs[name]
+            f"  {KEYS[name]}: {theirs[name]!r} there, {ours[name]!r} here" for name in differing
         ]
         if lines:
             raise self._refusal("was made with other settings:\n" + "\n".join(lines) + "\n", inputs)
@@ -171,18 +185,33 @@ class Reference:
             The groups, each with ``ref_logprobs``.
 
         Raises:
+            UserError: As ``sums``.
+        """
+        return groups.with_ref_logprobs(self.sums(groups, split))
+
+    def sums(self, groups: TokenisedGroups, split: str) -> npt.NDArray[np.float32]:
+        """Log-probability of every response of a split as a whole.
+
+        Args:
+            groups: All groups of the split, none selected.
+            split: Its name.
+
+        Returns:
+            ``(R,)`` float32 nats.
+
+        Raises:
             UserError: If the split is not in the folder, is of other data, or its file is damaged.
         """
         entry = self._splits.get(split)
         if entry is None:
             there = ", ".join(self._splits)
             raise self._refusal(f"has no {split} split, only {there} ", self.inputs)
-        if entry["groups"] != groups.fingerprint:
+        if entry["ids"] != groups.ids_hash:
             raise self._refusal(f"is of other {split} data than this run ", self.inputs)
         content = self._read(split, entry["sha256"])
         if not np.array_equal(content.lengths, groups.response_lengths):
             raise UserError(f"reference={self.folder} does not fit the {split} data: make it again")
-        return groups.with_ref_logprobs(content.sums())
+        return content.sums()
 
     def _read(self, split: str, checksum: str) -> ReferenceSplit:
         from safetensors.numpy import load
@@ -196,7 +225,13 @@ class Reference:
                 f"reference={self.folder}: {split}.safetensors has changed since it was written: "
                 "make it again"
             )
-        return ReferenceSplit(**load(content))
+        values = ReferenceSplit(**load(content))
+        if not np.isfinite(values.logprobs).all():
+            raise UserError(
+                f"reference={self.folder}: {split}.safetensors has log-probabilities that are not "
+                "finite: the policy is broken, or they were not made by helpsteer2 reference"
+            )
+        return values
 
     def _refusal(self, what: str, inputs: ReferenceInputs) -> UserError:
         """What is wrong, and the command that makes the right ones."""
@@ -205,7 +240,8 @@ class Reference:
             "texts. Make them with the data and chat settings of this run: helpsteer2 reference "
             f"model=POLICY dtype={inputs.dtype} precision={inputs.precision} "
             f"lengths.max_prompt_tokens={inputs.max_prompt_tokens} "
-            f"lengths.max_response_tokens={inputs.max_response_tokens} run_dir=DIR"
+            f"lengths.max_response_tokens={inputs.max_response_tokens}"
+            f"{'' if inputs.labels else ' labels=false'} run_dir=DIR"
         )
 
 
@@ -233,7 +269,7 @@ def write_reference(
         data = save({"logprobs": content.logprobs, "lengths": content.lengths})
         (folder / f"{split}.safetensors").write_bytes(data)
         entries[split] = {
-            "groups": groups.fingerprint,
+            "ids": groups.ids_hash,
             "sha256": hashlib.sha256(data).hexdigest(),
             "responses": len(content.lengths),
             "tokens": len(content.logprobs),

@@ -9,6 +9,7 @@ the rewards. ``trained`` marks, token for token, what supervised fine-tuning lea
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import struct
@@ -17,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from helpsteer2.data.overlap import GroupHashes
+from helpsteer2.data.strings import Strings
 from helpsteer2.data.tokens import TokenGroup
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -37,46 +39,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "ids": np.dtype("u1"),
     "id_starts": np.dtype("<i8"),
 }
+_IDS = ("tokens", "segments", "first_segments")
 _HEADER_BYTES = 128
-
-
-class Strings(Sequence[str]):
-    """Strings stored end to end as UTF-8, decoded one at a time.
-
-    Args:
-        data: All bytes.
-        starts: First byte of each string.
-        ends: End of each string.
-    """
-
-    def __init__(
-        self,
-        data: npt.NDArray[np.uint8],
-        starts: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-    ) -> None:
-        self._data = data
-        self._starts = starts
-        self._ends = ends
-
-    def __len__(self) -> int:
-        """Number of strings."""
-        return len(self._starts)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """One string, or a list of several."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
-        return self._data[self._starts[i] : self._ends[i]].tobytes().decode("utf-8")
-
-    def select(self, positions: npt.NDArray[np.int64]) -> Strings:
-        """Those at some positions."""
-        return Strings(self._data, self._starts[positions], self._ends[positions])
 
 
 class TokenisedGroups:
@@ -89,6 +53,9 @@ class TokenisedGroups:
     Attributes:
         attribute_names: The A names of the columns of the ratings.
         fingerprint: Hash of everything that decided the contents.
+        ids_hash: Hash of the ids alone and of what they make up: the same for groups that differ in
+            nothing but ratings, rewards and names.
+        label_attributes: What the labels behind the prompts are of; none without any label.
         report: Counts: groups, responses, tokens, what the length limits cut, and what a selection
             left out.
         lengths: ``(G,)`` int64, tokens of each group (prompt once, every response once).
@@ -99,6 +66,8 @@ class TokenisedGroups:
         self.folder = folder
         self.attribute_names: tuple[str, ...] = tuple(meta["attribute_names"])
         self.fingerprint: str = meta["fingerprint"]
+        self.ids_hash: str = meta["ids_hash"]
+        self.label_attributes: tuple[str, ...] = tuple(meta["label_attributes"])
         self.report: dict[str, int] = meta["report"]
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
         self.lengths: npt.NDArray[np.int64] = columns["lengths"]
@@ -328,17 +297,22 @@ class TokenWriter:
         """Columns of a two-dimensional array, None for a flat one."""
         return len(self._attribute_names) if name == "ratings" else None
 
-    def finish(self, fingerprint: str, report: dict[str, int]) -> None:
+    def finish(
+        self, fingerprint: str, report: dict[str, int], label_attributes: Sequence[str] = ()
+    ) -> None:
         """Complete the files and sync them to disk.
 
         Args:
             fingerprint: Hash of everything that decided the contents.
             report: Counts to keep beside the writer's own.
+            label_attributes: What the labels behind the prompts are of.
         """
         for column in self._columns.values():
             column.finish()
         meta = {
             "fingerprint": fingerprint,
+            "ids_hash": _hash([self._folder / f"{name}.npy" for name in _IDS]),
+            "label_attributes": tuple(label_attributes),
             "attribute_names": self._attribute_names,
             "report": {**self._counts, **report},
             "checksums": {name: _checksum(self._folder / f"{name}.npy") for name in _DTYPES},
@@ -383,3 +357,11 @@ def _checksum(path: Path) -> int:
         while part := file.read(1 << 20):
             value = zlib.crc32(part, value)
     return value
+
+
+def _hash(paths: Sequence[Path]) -> str:
+    """SHA-256 of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(np.load(path, mmap_mode="r").data)
+    return digest.hexdigest()

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from helpsteer2.data.chat import BoundChat, boundary_difference
+from helpsteer2.data.boundary import boundary_difference
+from helpsteer2.data.chat import BoundChat
 from helpsteer2.data.group_encoder import GroupEncoder
 from helpsteer2.data.groups import Group, GroupSource, read_all
 from helpsteer2.data.lengths import CutReport, LengthLimits
@@ -26,7 +27,7 @@ from helpsteer2.records import reason
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised whenever the same input would be stored as something else."""
 
 CHUNK = 256
@@ -171,7 +172,7 @@ def _write(
             differing = sum(boundary_difference(chat, [group]) > 0 for group in compared)
             boundary = {"boundaries_compared": len(compared), "boundaries_differing": differing}
             counts = {**encoder.cuts.counts(), **encoder.report.counts()}
-            writer.finish(key, {**counts, **boundary})
+            writer.finish(key, {**counts, **boundary}, encoder.label_attributes)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -210,6 +211,7 @@ def _cache_key(
         "tokenizer": tokenizer_hash(chat.tokenizer),
         "template": chat.template_hash,
         "system_prompt": chat.system_prompt,
+        "label_form": chat.labels.form,
         "limits": [limits.max_prompt_tokens, limits.max_response_tokens],
         "attributes": list(attribute_names),
         "close_cut": close_cut,

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -42,6 +43,9 @@ KNOWN_PAD_TOKENS = (
     "<unk>",
 )
 """Tokens that no chat writes, in order of preference: for tokenizers that pad with EOS."""
+
+WORD_COUNT = 1000
+"""How often each of the words wanted is put into the training texts."""
 
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -95,12 +99,15 @@ class TrainedTokenizer:
 
     Args:
         vocab_size: Size of the vocabulary with special tokens; little text gives a smaller one.
+        words: Words that shall be a token each although the texts may not have them, such as the
+            names of attributes in labels that the policy will read one day.
 
     Raises:
         UserError: If the vocabulary cannot hold every byte and the special tokens.
     """
 
     vocab_size: int
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vocab_size < _SMALLEST_VOCABULARY:
@@ -125,11 +132,12 @@ class TrainedTokenizer:
         from tokenizers import Tokenizer
 
         folder = Path(cache_dir).expanduser() / "tokenizers"
-        file = folder / f"{_texts_hash(texts)}-{self.vocab_size}.json"
+        parts = (_texts_hash(texts), str(self.vocab_size), *self.words)
+        file = folder / f"{'-'.join(parts)}.json"
         try:
             backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception:  # missing, damaged or of another format: `tokenizers` raises Exception
-            backend = _train(texts, self.vocab_size)
+            backend = _train(texts, self.vocab_size, self.words)
             _save(backend, file)
         return _with_chat(backend)
 
@@ -219,8 +227,8 @@ def _texts_hash(texts: Texts) -> str:
     return digest.hexdigest()[:32]
 
 
-def _train(texts: Texts, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE."""
+def _train(texts: Texts, vocab_size: int, words: tuple[str, ...]) -> Tokenizer:
+    """Train a byte-level BPE, on the words as if each came many times."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
@@ -232,7 +240,7 @@ def _train(texts: Texts, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts(), trainer)
+    backend.train_from_iterator(chain(texts(), words * WORD_COUNT), trainer)
     # As Llama 3 has it: BOS in the template, and for those who tokenise plain text.
     backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A",

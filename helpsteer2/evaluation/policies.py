@@ -12,11 +12,13 @@ import numpy.typing as npt
 from rich.console import Console
 
 from helpsteer2.data.groups import Group
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.data.lengths import CutReport, LengthLimits
 from helpsteer2.data.planner import consecutive_bins
 from helpsteer2.data.tokenise import encode_group
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.scoring import group_progress
+from helpsteer2.generation.sampling import with_labels
 
 if TYPE_CHECKING:
     from helpsteer2.data.chat import BoundChat
@@ -24,6 +26,28 @@ if TYPE_CHECKING:
 
 TOKENS_PER_PASS = 8192
 """Tokens of one forward pass; a longer group gets a pass of its own."""
+
+
+def label_read(
+    asked: AttributeLabel | None, label_attributes: tuple[str, ...]
+) -> AttributeLabel | None:
+    """The label that a policy reads where something is asked for, or nothing is said.
+
+    Args:
+        asked: What is asked for; None for the usual values.
+        label_attributes: What the labels of the policy's training were of; none if it had none.
+
+    Returns:
+        The label, with the usual values of what it leaves out; None for a policy without labels,
+        which cannot be asked for anything.
+
+    Raises:
+        UserError: If something is asked for that the policy was not trained with, or the policy was
+            trained with something that has no usual value and that is not asked for.
+    """
+    if not label_attributes:
+        return None
+    return (asked or AttributeLabel((), ())).completed(label_attributes)
 
 
 @dataclass(frozen=True)
@@ -56,33 +80,49 @@ class EvaluatedPolicy:
         """The policy's chat format."""
         return self.sampler.chat
 
+    @property
+    def label_attributes(self) -> tuple[str, ...]:
+        """What the labels of the policy's training were of; none if it had none, or if unknown."""
+        return self.sampler.label_attributes or ()
+
     def sample(
-        self, name: str, prompts: Sequence[Group], params: SamplingParams, console: Console
+        self,
+        name: str,
+        prompts: Sequence[Group],
+        params: SamplingParams,
+        console: Console,
+        steering: AttributeLabel | None = None,
     ) -> list[list[Sample]]:
-        """Sample n responses of each prompt, behind a progress bar.
+        """Sample n responses of each prompt behind its label; a progress bar tells how far it is.
 
         Args:
             name: Shown beside the bar.
             prompts: Groups of different ids; their responses are not looked at.
             params: How to draw.
             console: Where the bar is shown.
+            steering: The label of all prompts; None leaves each its own.
 
         Returns:
             Samples of each prompt, in the order of the prompts.
 
         Raises:
-            UserError: If the policy cannot be loaded or sampled.
+            UserError: If the policy cannot be loaded or sampled, or if a prompt has a label and the
+                policy was trained without any, or the other way round.
         """
+        labelled = with_labels(prompts, steering, self.label_attributes)
         samples: dict[str, list[Sample]] = {}
         with group_progress(console) as progress:
             task = progress.add_task(name, total=len(prompts))
-            for group, drawn in self.sampler.sample(prompts, params):
+            for group, drawn in self.sampler.sample(labelled, params):
                 samples[group.id] = drawn
                 progress.advance(task)
         return [samples[group.id] for group in prompts]
 
     def logprobs(self, sampled: Sequence[Group]) -> Iterator[npt.NDArray[np.float32]]:
         """Log-probability of whole sampled responses, with their own ids.
+
+        A policy that was trained with labels tells log Q(y|a, x), where a is ``label_read`` of the
+        label of a group; one without tells log P(y|x), whatever the label of a group.
 
         Args:
             sampled: Groups with ``response_ids``.
@@ -106,11 +146,13 @@ class EvaluatedPolicy:
                 f"{self.path} has another tokenizer or chat template than the policy whose samples "
                 "it shall judge: their log-probabilities cannot be compared"
             )
+        attributes = policy.spec.label_attributes or ()
+        read = [replace(group, label=label_read(group.label, attributes)) for group in sampled]
         # Nothing is cut: what the policy has sampled is judged whole.
         cuts, limits = CutReport(), LengthLimits(2**31, 2**31)
         encoded = [
             encode_group(group, i, chat, limits, (), (), cuts, close_cut=False)
-            for i, group in enumerate(sampled)
+            for i, group in enumerate(read)
         ]
         lengths = np.array([group.n_tokens for group in encoded])
         for members in consecutive_bins(lengths, TOKENS_PER_PASS):

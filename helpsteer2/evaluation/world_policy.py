@@ -15,8 +15,9 @@ from rich.table import Table
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, RATING_MAX, RATING_MIN, AttributeWeights
 from helpsteer2.data.groups import Group, GroupSource, read_all
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.errors import UserError
-from helpsteer2.evaluation.policies import EvaluatedPolicy
+from helpsteer2.evaluation.policies import EvaluatedPolicy, label_read
 from helpsteer2.evaluation.prompt_means import PromptMeans
 from helpsteer2.evaluation.rated_answers import RatedAnswers, best_scores, score
 from helpsteer2.evaluation.report import (
@@ -40,7 +41,9 @@ Array = npt.NDArray[np.float64]
 
 KL_ESTIMATOR = (
     "mean over sampled answers of the log-ratio of policy and reference, summed over the tokens of "
-    "an answer (Monte Carlo, unbiased, in nats an answer)"
+    "an answer (Monte Carlo, unbiased, in nats an answer); each of the two reads the label if it "
+    "was trained with labels, so that of a policy with labels and a reference without it is the "
+    "mean of log Q(y|a,x) − log P(y|x)"
 )
 
 EXAMPLES = 5
@@ -60,9 +63,13 @@ class WorldPolicyEvaluation:
         reference: Folder of the policy that the KL divergence is measured from; None leaves it out.
         baseline: Folder of the policy that gains are measured from; None leaves them out.
         resamples: Bootstrap draws.
+        steering: Ratings by attribute that the answers are asked to have, of every policy that was
+            trained with labels; what is left out has its usual value, those of the paper if it is
+            None. Policies without labels answer as ever.
 
     Raises:
-        UserError: If the divergence is wanted of a policy that is not sampled as it is.
+        UserError: If the divergence is wanted of a policy that is not sampled as it is, or the
+            ratings asked for are no label.
     """
 
     data: GroupSource
@@ -71,6 +78,7 @@ class WorldPolicyEvaluation:
     reference: str | None = None
     baseline: str | None = None
     resamples: int = 1000
+    steering: Mapping[str, int] | None = None
     _answers: dict[tuple[str, bool], RatedAnswers] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -86,6 +94,12 @@ class WorldPolicyEvaluation:
                 "the KL divergence is estimated on samples of the policy as it is: with a "
                 "reference, set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0"
             )
+        _ = self._asked
+
+    @property
+    def _asked(self) -> AttributeLabel | None:
+        """The label asked for; None for the usual one."""
+        return None if self.steering is None else AttributeLabel.of(self.steering)
 
     @cached_property
     def _prompts(self) -> tuple[list[Group], list[Task]]:
@@ -107,7 +121,8 @@ class WorldPolicyEvaluation:
             ``attributes`` (mean ratings), ``weightings`` (mean scores of sampled and greedy
             answers, of the best of n and of the best answer there is, null where that one is not
             known (``best_scores``), and what is gained on the baseline), ``tokens``,
-            ``unfinished``, ``kl``, the counts and some answers.
+            ``unfinished``, ``kl``, the label that the policy read (``steering``, null if it reads
+            none), the counts and some answers.
 
         Raises:
             DataError: If a row of the data is bad.
@@ -123,8 +138,10 @@ class WorldPolicyEvaluation:
             rated = self._rated(before, groups, tasks, context.console)
             columns |= _score_columns("baseline", rated.ratings, usable.weightings)
         if self.reference is not None:
-            columns["kl"] = _log_ratios(policy, self.reference, groups, sampled.samples).mean(1)
+            asked = [replace(group, label=self._asked) for group in groups]
+            columns["kl"] = _log_ratios(policy, self.reference, asked, sampled.samples).mean(1)
         prompts = [json.dumps(group.prompt) for group in groups]
+        label = label_read(self._asked, policy.label_attributes)
         means = PromptMeans(columns, prompts, self.resamples, context.seed)
         return dict(plain({
             "split": self.split,
@@ -134,6 +151,7 @@ class WorldPolicyEvaluation:
             "fingerprint": self.data.fingerprint(self.split),
             "baseline": self.baseline,
             "reference": self.reference,
+            "steering": None if label is None else label.as_dict(),
             "attributes": {
                 name: self._figures(means, f"rating {name}") for name in HELPSTEER2_ATTRIBUTES
             },
@@ -162,7 +180,8 @@ class WorldPolicyEvaluation:
         if key not in self._answers:
             params = replace(self.sampling, n=1, temperature=0.0) if greedy else self.sampling
             name = f"{'greedy' if greedy else 'sampled'} answers of {policy.path}"
-            samples = policy.sample(name, groups, params, console)
+            label = label_read(self._asked, policy.label_attributes)
+            samples = policy.sample(name, groups, params, console, label)
             self._answers[key] = RatedAnswers.of(tasks, samples)
         return self._answers[key]
 
@@ -235,6 +254,8 @@ def world_policy_table(result: Mapping[str, Any]) -> Table:
     if with_baseline:
         names.append("gap closed %")
         caption += " gap closed: of the way from the baseline's sampled answers to the best ones."
+    if result["steering"] is not None:
+        caption += f" Asked for {AttributeLabel.of(result['steering']).text}."
     table = named_table(
         f"{result['prompts']:,} prompts of {result['split']!r}, {n} sampled answers and a greedy "
         "one to each, rated 0–4 by the oracle",
@@ -297,7 +318,7 @@ def _log_ratios(
     groups: Sequence[Group],
     samples: Sequence[Sequence[Sample]],
 ) -> Array:
-    """``(P, n)`` log π − log π_ref of every sampled answer as a whole."""
+    """``(P, n)`` log π − log π_ref of every sampled answer; the groups have the label asked for."""
     sampled = [
         replace(
             group,

@@ -117,6 +117,7 @@ class LocalSampler:
     Attributes:
         chat: The policy's chat format.
         ids_hash: Tokenizer and template that the ids belong to.
+        label_attributes: What the labels of the policy's training were of.
         prompts_per_block: As the engine has it.
         prefilled_tokens: Prompt tokens that went through the model so far.
     """
@@ -126,6 +127,7 @@ class LocalSampler:
         self.engine = engine
         self.chat: BoundChat = policy.spec.chat
         self.ids_hash = self.chat.ids_hash
+        self.label_attributes = policy.spec.label_attributes
         self.prompts_per_block = engine.prompts_per_block
         self.prefilled_tokens = 0
         head = policy.lm_head
@@ -213,7 +215,7 @@ class LocalSampler:
             raise UserError(f"out of memory with {told}: lower one of them") from error
 
     def _request(self, group: Group, params: SamplingParams) -> Request:
-        ids = np.asarray(self.chat.prompt_ids(group.prompt), np.int32)
+        ids = np.asarray(self.chat.prompt_ids(group.prompt, group.label), np.int32)
         if len(ids) < 2:
             raise UserError(f"prompt {group.id}: the chat template makes {len(ids)} tokens")
         self.check(len(ids), params, f"prompt {group.id}")

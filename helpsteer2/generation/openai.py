@@ -157,10 +157,12 @@ class OpenAISampler:
         chat: The policy's chat format.
         stop_token_ids: Tokens that end a response; the first is the chat's end of a turn.
         vocabulary: How many tokens the policy knows.
+        label_attributes: What the labels of the policy's training were of.
 
     Attributes:
         chat: The policy's chat format.
         ids_hash: Tokenizer and template that the ids belong to.
+        label_attributes: What the labels of the policy's training were of.
         prompts_per_block: 1: each prompt stands alone.
         counts: What happened so far.
     """
@@ -172,11 +174,13 @@ class OpenAISampler:
         chat: BoundChat,
         stop_token_ids: Sequence[int],
         vocabulary: int,
+        label_attributes: tuple[str, ...] | None = (),
     ) -> None:
         self.engine = engine
         self.served_model = served_model
         self.chat = chat
         self.ids_hash = chat.ids_hash
+        self.label_attributes = label_attributes
         self.prompts_per_block = 1  # the server mixes prompts as it likes
         self.stop_token_ids = tuple(stop_token_ids)
         self.vocabulary = vocabulary
@@ -261,7 +265,7 @@ class _Run:
         n = self.params.n if self.kind.several else 1
         for group in prompts:
             try:
-                ids = self.chat.prompt_ids(group.prompt)
+                ids = self.chat.prompt_ids(group.prompt, group.label)
                 sent = ids if self.kind.ids else self._as_text(group, ids)
             except UserError as error:
                 self._fail(UserError(f"{group.source}: {error}"))
@@ -277,10 +281,16 @@ class _Run:
     def _as_text(self, group: Group, ids: list[int]) -> str:
         """The text that the server's tokenizer turns into these ids."""
         text = self.chat.render(group.prompt, add_generation_prompt=True)
+        if group.label is not None:
+            text += self.chat.labels.text(group.label)
         text_ids = self.chat.with_bos(self.chat.encode([text])[0])
         if text_ids != ids:
-            marks = text_ids == self.chat.prompt_ids(unmarked(group).prompt)
-            why = "answers in it are marked `train`" if marks else "it spells out control tokens"
+            marks = text_ids == self.chat.prompt_ids(unmarked(group).prompt, group.label)
+            why = (
+                "answers in it are marked `train`"
+                if marks
+                else "it spells out control tokens, or a token spans its end and its label"
+            )
             raise UserError(
                 f"as text the prompt would get other ids on the server, because {why}: leave that "
                 "out, or use a server that takes ids (vllm, sglang)"
@@ -349,19 +359,20 @@ class _Run:
         return tuple(ids[: len(ids) - self.chat.closing_count(ids)])
 
 
-def _without_weights(model: str) -> tuple[BoundChat, tuple[int, ...], int]:
-    """Chat format of a policy, the tokens that end a response, and how many tokens it knows."""
+def _without_weights(model: str) -> tuple[BoundChat, tuple[int, ...], int, tuple[str, ...] | None]:
+    """What a sampler has to know of a policy, in the order of its arguments."""
     folder = local_folder(model, "policy")
     tokenizer = load_tokenizer(folder)
     spec = PolicySpec.read(folder, tokenizer)
     if spec is None:  # a model of others; nothing is cut here, so its limits do not matter
         chat = ChatFormat("backbone").bind(tokenizer)
-        spec = PolicySpec(chat, LengthLimits(2**31, 2**31), folder.name)
+        limits = LengthLimits(2**31, 2**31)
+        spec = PolicySpec(chat, limits, folder.name, label_attributes=None)
     stops = [spec.stop_token_id, tokenizer.eos_token_id, *_own_stops(folder)]
     found = tuple(dict.fromkeys(token for token in stops if token is not None))
     if not found:
         raise UserError(f"{model}: its tokenizer has no token that ends a response")
-    return spec.chat, found, _vocabulary(folder, tokenizer)
+    return spec.chat, found, _vocabulary(folder, tokenizer), spec.label_attributes
 
 
 def _own_stops(folder: Path) -> list[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from helpsteer2.data.groups import FinishReason, Group
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ class Sampler(Protocol):
         ...
 
     @property
+    def label_attributes(self) -> tuple[str, ...] | None:
+        """What the labels of the model's training were of; none if it had none, None if unknown."""
+        ...
+
+    @property
     def prompts_per_block(self) -> int:
         """Prompts that go together, in their order: the same ones give the same bits again.
 
@@ -110,7 +116,7 @@ class Sampler(Protocol):
     def sample(
         self, prompts: Iterable[Group], params: SamplingParams
     ) -> Iterator[tuple[Group, list[Sample]]]:
-        """Sample n responses of each prompt.
+        """Sample n responses of each prompt, behind its label if it has one.
 
         The random numbers of a sample depend on the seed, the group's id, the sample's index and
         the position of its token alone, so what runs beside it changes nothing.
@@ -176,6 +182,7 @@ def sampled_group(group: Group, samples: Sequence[Sample], ids_hash: str) -> Gro
         samples: Its n responses.
         ids_hash: Tokenizer and chat template that their ids belong to.
     """
+    # The label is part of what the samples were drawn behind.
     known = [one.logprobs for one in samples if one.logprobs is not None]
     return Group(
         id=group.id,
@@ -186,4 +193,46 @@ def sampled_group(group: Group, samples: Sequence[Sample], ids_hash: str) -> Gro
         tokenizer=ids_hash,
         finish_reasons=tuple(one.finish_reason for one in samples),
         logprobs=tuple(known) if len(known) == len(samples) else None,
+        label=group.label,
     )
+
+
+def with_labels(
+    prompts: Sequence[Group], steering: AttributeLabel | None, attributes: Sequence[str] | None
+) -> list[Group]:
+    """Prompts with the labels that a policy answers behind.
+
+    Args:
+        prompts: The prompts; a label of their own gives way to ``steering``.
+        steering: The label of all of them; None leaves each its own.
+        attributes: What the labels of the policy's training were of; none if it had none. None if
+            nobody knows: labels are then taken as they are.
+
+    Returns:
+        The prompts. A label that leaves out attributes which the policy knows has the usual values
+        for them (``INFERENCE_VALUES``).
+
+    Raises:
+        UserError: If a prompt has no label and the policy needs one, if it has one and the policy
+            was trained without, or if it names attributes that the policy does not know.
+    """
+    labelled = []
+    for group in prompts:
+        label = steering or group.label
+        if attributes is None:
+            labelled.append(replace(group, label=label))
+            continue
+        if label is None and attributes:
+            raise UserError(
+                f"{group.source}: the policy was trained to answer behind a label of "
+                f"{', '.join(attributes)}, and there is none: set steering="
+                "'{helpfulness: 4, verbosity: 2}', or give the prompts labels (helpsteer2 label)"
+            )
+        if label is not None and not attributes:
+            raise UserError(
+                f"{group.source}: the policy was trained without labels and cannot be asked for "
+                f"{label.text}: leave the label out, or train it on labelled groups (SteerLM)"
+            )
+        label = None if label is None else label.completed(attributes)
+        labelled.append(replace(group, label=label))
+    return labelled

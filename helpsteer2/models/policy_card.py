@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from helpsteer2.data.labels import HIGHEST, INFERENCE_VALUES, AttributeLabel
 from helpsteer2.models.card import ADAPTER_FOLDER, base_note
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def policy_card(
         f"- Chat template `{chat.template_name}`, hash `{chat.template_hash}` (in "
         f"`chat_template.jinja`); an answer ends with `{stop}`\n"
         f"- System prompt: {'none' if chat.system_prompt is None else system}\n"
+        f"{_label_line(spec)}"
         f"- Trained on at most {limits.max_prompt_tokens} prompt and "
         f"{limits.max_response_tokens} response tokens\n\n"
         "## Use\n\n"
@@ -102,6 +104,8 @@ def _answering_code(spec: PolicySpec, load: str) -> str:
         text = json.dumps(chat.system_prompt, ensure_ascii=False)
         system = f'{{"role": "system", "content": {text}}},\n          '
     bos = "[tokenizer.bos_token_id] + " if chat.adds_bos else ""
+    label = _usual_label(spec)
+    labelled = "" if label is None else f"text += {chat.labels.text(label)!r}\n"
     return (
         'folder = "."\n'
         f"{load}"
@@ -110,8 +114,29 @@ def _answering_code(spec: PolicySpec, load: str) -> str:
         "text = tokenizer.apply_chat_template(\n"
         "    prompt, tokenize=False, add_generation_prompt=True, enable_thinking=False\n"
         ")\n"
+        f"{labelled}"
         f"ids = torch.tensor([{bos}tokenizer(text, add_special_tokens=False).input_ids])\n"
         # peft's generate takes its inputs by name.
         "answer = model.generate(input_ids=ids, max_new_tokens=256)[0, ids.shape[1]:]\n"
         "print(tokenizer.decode(answer, skip_special_tokens=True))\n"
+    )
+
+
+def _usual_label(spec: PolicySpec) -> AttributeLabel | None:
+    """The label that a labelled policy is asked with where nobody says otherwise."""
+    names = spec.label_attributes
+    if not names:
+        return None
+    return AttributeLabel.of({name: INFERENCE_VALUES.get(name, HIGHEST) for name in names})
+
+
+def _label_line(spec: PolicySpec) -> str:
+    """What stands behind the prompts of a labelled policy."""
+    label = _usual_label(spec)
+    if label is None:
+        return ""
+    text = json.dumps(spec.chat.labels.text(label), ensure_ascii=False)
+    return (
+        "- Answers behind attribute labels, whole numbers 0–4: the text of a prompt ends with "
+        f"`{text}`, for example\n"
     )

@@ -45,6 +45,8 @@ class PolicySpec:
         base_model: Hub id or description of the backbone before training.
         data: What it was trained on, in words.
         objective: The loss it was trained with, in words.
+        label_attributes: What the labels behind its prompts were of, in their order; none if it was
+            trained without labels, None if nobody knows (a model of others).
     """
 
     chat: BoundChat
@@ -52,6 +54,7 @@ class PolicySpec:
     base_model: str
     data: str = ""
     objective: str = ""
+    label_attributes: tuple[str, ...] | None = ()
 
     @property
     def stop_token_id(self) -> int | None:
@@ -75,6 +78,8 @@ class PolicySpec:
             "base_model": self.base_model,
             "data": self.data,
             "objective": self.objective,
+            "label_form": self.chat.labels.form,
+            "label_attributes": self.label_attributes,
         }
 
     @classmethod
@@ -101,6 +106,8 @@ class PolicySpec:
             limits = LengthLimits(**record["limits"])
             hashes = record["tokenizer_hash"], record["template_hash"]
             rest = {key: record[key] for key in ("base_model", "data", "objective")}
+            # Exports from before there were labels have neither.
+            label_form, labels = record.get("label_form"), record.get("label_attributes", ())
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} is damaged ({type(error).__name__}: {error}): export again"
@@ -116,7 +123,9 @@ class PolicySpec:
                 "written, so ids would not be those of the training: restore the files or export "
                 "again"
             )
-        return cls(BoundChat(tokenizer, name, text, system_prompt), limits, **rest)
+        chat = BoundChat(tokenizer, name, text, system_prompt, label_form)
+        label_attributes = None if labels is None else tuple(labels)
+        return cls(chat, limits, **rest, label_attributes=label_attributes)
 
 
 def write_policy(

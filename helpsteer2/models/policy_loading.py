@@ -107,4 +107,5 @@ def _foreign_spec(
     """A spec for a model of others, whose limits share the positions it was built for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     limits = LengthLimits(positions - positions // 2, positions // 2)
-    return PolicySpec(ChatFormat("backbone").bind(tokenizer), limits, folder.name)
+    chat = ChatFormat("backbone").bind(tokenizer)
+    return PolicySpec(chat, limits, folder.name, label_attributes=None)

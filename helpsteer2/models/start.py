@@ -44,6 +44,7 @@ class ModelSetup:
         seed: Seed of new weights.
         device: Where the model will run.
         autocast: What autocast will compute in; None without it.
+        label_attributes: What the labels behind the prompts are of; none without any label.
     """
 
     backbone: Backbone
@@ -55,6 +56,7 @@ class ModelSetup:
     seed: int
     device: torch.device | str = "cpu"
     autocast: torch.dtype | None = None
+    label_attributes: tuple[str, ...] = ()
 
     def base_model(self, model: PreTrainedModel) -> str:
         """Where the weights of a model came from before training: a path, or that they are random.
@@ -233,12 +235,19 @@ class PolicyStart:
             )
         record = Path(backbone.path or "") / POLICY_FILE
         if backbone.init == "pretrained" and record.is_file():
-            trained = json.loads(record.read_text(encoding="utf-8")).get("system_prompt")
+            content = json.loads(record.read_text(encoding="utf-8"))
+            trained = content.get("system_prompt")
             if bound.system_prompt != trained:
                 raise UserError(
                     f"backbone.path={backbone.path} was trained with the system prompt "
                     f"{trained!r}, and chat.system_prompt is {bound.system_prompt!r}: set it to "
                     "the same"
+                )
+            form = content.get("label_form")
+            if content.get("label_attributes") and bound.labels.form != form:
+                raise UserError(
+                    f"backbone.path={backbone.path} was trained with labels written as {form!r}, "
+                    f"and here they are {bound.labels.form!r}: set chat.label_form to the same"
                 )
         return bound
 
@@ -261,4 +270,11 @@ class PolicyStart:
         )
         base = Path(setup.base_model(causal_lm))
         name = base.name if base.is_absolute() else str(base)  # exports are published
-        return Policy(causal_lm, PolicySpec(setup.chat, setup.limits, name, setup.data))
+        spec = PolicySpec(
+            setup.chat,
+            setup.limits,
+            name,
+            setup.data,
+            label_attributes=setup.label_attributes,
+        )
+        return Policy(causal_lm, spec)

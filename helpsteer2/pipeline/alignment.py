@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from helpsteer2.errors import ConfigError
 from helpsteer2.pipeline.stages import Output, Stage, overrides_of, require_one_source
 
 Model = str | Output
@@ -40,6 +42,28 @@ class Alignment:
     def __post_init__(self) -> None:
         require_one_source("policy", self.policy, self.sft, "sft")
 
+    def check_sampled_lengths(self, key: str, settings: Mapping[str, Any]) -> None:
+        """Refuse samples that training would cut, and learn behind another prompt than they had.
+
+        Args:
+            key: Where the settings stand in the pipeline.
+            settings: Overrides of ``sample``.
+
+        Raises:
+            ConfigError: If a limit of theirs is above that of the training.
+        """
+        limits = {
+            "max_prompt_tokens": "max_prompt_tokens",
+            "sampling.max_tokens": "max_response_tokens",
+        }
+        for name, limit in limits.items():
+            sampled, most = settings.get(name), getattr(self, limit)
+            if isinstance(sampled, int) and sampled > most:
+                raise ConfigError(
+                    f"pipeline.{key}.{name}: {sampled} is above pipeline.{limit}={most}, so "
+                    "training would cut what was sampled: lower the one or raise the other"
+                )
+
     @property
     def start(self) -> Model:
         """The policy that trainings start from."""
@@ -55,6 +79,44 @@ class Alignment:
         if self.sft is not None:
             stages.append(Stage("sft", "train", {**overrides_of(self.sft), "seed": seed}))
         return [*stages, *self.evaluated("sft", self.start, seed)]
+
+    def training(
+        self,
+        name: str,
+        module: str,
+        train: Mapping[str, Any],
+        read: Mapping[str, Any],
+        start: Model,
+        seed: int,
+    ) -> Stage:
+        """A training of a policy on one split of groups.
+
+        Args:
+            name: Name of the stage.
+            module: What trains it, unless the settings choose another, or an experiment.
+            train: Overrides of ``train``.
+            read: Overrides that say what it reads; they beat the settings, as limits, precision and
+                seed do.
+            start: The policy that it goes on from.
+            seed: Seed of the training.
+
+        Raises:
+            ConfigError: If the training shall validate.
+        """
+        if train.get("schedule.validate_every") is not None:
+            raise ConfigError(
+                f"stage {name}: schedule.validate_every: its groups are one split, there is "
+                "nothing to validate on; pipeline.select chooses a checkpoint"
+            )
+        # An override would beat the module that an experiment chooses.
+        chosen = {} if train.get("experiment") else {"module": module}
+        return Stage(name, "train", {
+            "backbone": "local", **chosen, **train, **read,
+            "lengths.max_prompt_tokens": self.max_prompt_tokens,
+            "lengths.max_response_tokens": self.max_response_tokens,
+            "backbone.path": start, "trainer.precision": self.precision,
+            "++schedule.validate_every": None, "optimized_metric": None, "seed": seed,
+        })  # fmt: skip
 
     def followed(self, training: Stage, suffix: str, seed: int) -> tuple[list[Stage], Model]:
         """A training, the choice among its exports and its evaluation, as asked for.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from helpsteer2.errors import ConfigError
 from helpsteer2.pipeline.alignment import Alignment, Model
 from helpsteer2.pipeline.stages import Output, Stage, overrides_of
 
@@ -70,29 +69,14 @@ class DPO(Alignment):
         Raises:
             ConfigError: If the training shall validate.
         """
-        pairs = {
-            "data": "groups",
-            "data.path": Output(f"pairs{suffix}", "train.jsonl"),
-            "lengths.max_prompt_tokens": self.max_prompt_tokens,
-            "lengths.max_response_tokens": self.max_response_tokens,
-        }
+        pairs = {"data": "groups", "data.path": Output(f"pairs{suffix}", "train.jsonl")}
         logprobs = Stage(f"reference{suffix}", "reference", {
             **overrides_of(self.reference_logprobs), **pairs, "model": reference,
+            "lengths.max_prompt_tokens": self.max_prompt_tokens,
+            "lengths.max_response_tokens": self.max_response_tokens,
             "splits": ["train"], "precision": self.precision,
         })  # fmt: skip
-        name = f"dpo{suffix}"
-        if "schedule.validate_every" in train:
-            raise ConfigError(
-                f"stage {name}: schedule.validate_every: the pairs are one split, there is nothing "
-                "to validate on; pipeline.select chooses a checkpoint"
-            )
-        # An override would beat the module that an experiment chooses.
-        module = {} if train.get("experiment") else {"module": "dpo"}
-        training = Stage(name, "train", {
-            "backbone": "local", **module, **train, **pairs,
-            "backbone.path": start, "reference": Output(logprobs.name, "reference"),
-            "trainer.precision": self.precision, "++schedule.validate_every": None,
-            "optimized_metric": None, "seed": seed,
-        })  # fmt: skip
+        read = {**pairs, "reference": Output(logprobs.name, "reference")}
+        training = self.training(f"dpo{suffix}", "dpo", train, read, start, seed)
         stages, policy = self.followed(training, suffix, seed)
         return [logprobs, *stages], policy

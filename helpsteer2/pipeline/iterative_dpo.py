@@ -48,22 +48,7 @@ class IterativeDPO(DPO, RewardedAlignment):
                 f"pipeline.iterations: has to be 1 or more, got {self.iterations}; without any it "
                 "is pipeline=dpo"
             )
-        self._check_sampled_lengths()
-
-    def _check_sampled_lengths(self) -> None:
-        """Refuse samples that DPO would cut, and learn behind another prompt than they had."""
-        settings = overrides_of(self.sample)
-        limits = {
-            "max_prompt_tokens": "max_prompt_tokens",
-            "sampling.max_tokens": "max_response_tokens",
-        }
-        for key, limit in limits.items():
-            sampled, most = settings.get(key), getattr(self, limit)
-            if isinstance(sampled, int) and sampled > most:
-                raise ConfigError(
-                    f"pipeline.sample.{key}: {sampled} is above pipeline.{limit}={most}, so DPO "
-                    "would cut what was sampled: lower the one or raise the other"
-                )
+        self.check_sampled_lengths("sample", overrides_of(self.sample))
 
     def stages(self, seed: int) -> Sequence[Stage]:
         """The stages of ``DPO``, ``reward_model``, and those of each iteration.

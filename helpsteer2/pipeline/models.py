@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpsteer2.attributes import AttributeWeights
 from helpsteer2.errors import UserError
+from helpsteer2.evaluation.meaning import ScoreMeaning
 from helpsteer2.evaluation.scoring import usable_weightings
 from helpsteer2.models.spec import POLICY_FILE, SPEC_FILE, RewardSpec
 from helpsteer2.pipeline.fingerprint import STAGE
@@ -15,6 +16,9 @@ from helpsteer2.pipeline.stages import Output
 
 if TYPE_CHECKING:
     from helpsteer2.pipeline.plan import PlannedStage
+
+PREFERENCE_MODULE = ".PreferenceModule"
+"""Whose reward model has a score without a unit."""
 
 
 def model_mistakes(stages: Mapping[str, PlannedStage]) -> list[str]:
@@ -31,7 +35,10 @@ def model_mistakes(stages: Mapping[str, PlannedStage]) -> list[str]:
     """
     checks = {
         "reference": _reads_policy,
+        "sample": _reads_policy,
+        "weigh": _reads_policy,
         "annotate": _reads_rewards,
+        "label": _labels_scores,
         "pairs": _weights_scores,
         "train": _samples_and_scores,
     }
@@ -78,6 +85,27 @@ def _weights_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> 
         return
     scored = stages[groups.stage]
     _require_weighted(_model(scored, "rewarder.path", stages), stage, stages)
+
+
+def _labels_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
+    """Labels are ratings, so the reward model has to predict those that are asked for."""
+    groups = stage.stage.overrides.get("data.path")
+    if stage.settings["by"] != "scores" or not isinstance(groups, Output):
+        return
+    model = _model(stages[groups.stage], "rewarder.path", stages)
+    names = _score_names(model, stages)
+    told = f"stage {model.stage}" if isinstance(model, Output) else model
+    lacking = [name for name in stage.settings["names"] or () if names and name not in names]
+    if lacking:
+        raise UserError(
+            f"labels of {', '.join(lacking)} need a reward model that scores them; that of {told} "
+            f"scores {', '.join(names or ())}"
+        )
+    if not _predicts_ratings(model, stages):
+        raise UserError(
+            f"labels are ratings 0–4, which the reward model of {told} does not predict: it was "
+            "learned from preferences, or extrapolated; take one of module=regression"
+        )
 
 
 def _samples_and_scores(stage: PlannedStage, stages: Mapping[str, PlannedStage]) -> None:
@@ -149,6 +177,15 @@ def _score_names(
     folder = _folder(model)
     spec = None if folder is None else RewardSpec.read(folder)
     return None if spec is None else spec.attribute_names
+
+
+def _predicts_ratings(model: Output | str | None, stages: Mapping[str, PlannedStage]) -> bool:
+    """Whether the scores of a reward model are ratings, as far as it can be known."""
+    if isinstance(model, Output):
+        return not str(stages[model.stage].settings["module._target_"]).endswith(PREFERENCE_MODULE)
+    folder = _folder(model)
+    spec = None if folder is None else RewardSpec.read(folder)
+    return spec is None or ScoreMeaning.of(spec).are_ratings
 
 
 def _weighting(node: Mapping[str, Any]) -> AttributeWeights:

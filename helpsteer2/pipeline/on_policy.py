@@ -9,7 +9,6 @@ from typing import Any
 
 from helpsteer2.errors import ConfigError
 from helpsteer2.pipeline.alignment import RewardedAlignment
-from helpsteer2.pipeline.iterative_dpo import IterativeDPO
 from helpsteer2.pipeline.stages import Output, Stage, overrides_of
 
 _NAME = re.compile(r"\w[\w-]*")
@@ -97,16 +96,3 @@ class OnPolicy(RewardedAlignment):
             trained, _ = self.followed(training, f"_{name}", seed)
             stages += trained
         return stages
-
-
-@dataclass(frozen=True)
-class SideBySide(IterativeDPO, OnPolicy):
-    """Iterative DPO, and on-policy methods from the same start, by the same reward model."""
-
-    def stages(self, seed: int) -> Sequence[Stage]:
-        """The stages of ``IterativeDPO``, then ``statistics`` and one a method.
-
-        Args:
-            seed: Seed of every training.
-        """
-        return [*super().stages(seed), *self.on_policy_stages(seed)]

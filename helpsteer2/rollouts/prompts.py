@@ -77,13 +77,15 @@ class PromptReport:
     Attributes:
         prompts: Prompts that are used.
         prompts_too_long: Those that were left out.
-        longest_prompt_tokens: Tokens of the longest one that is used.
+        longest_prompt_tokens: Tokens of the longest one that is used, its label included.
+        label_attributes: What the labels behind them are of; none without any label.
         fingerprint: Hash of the used ones, and of what their ids mean.
     """
 
     prompts: int
     prompts_too_long: int
     longest_prompt_tokens: int
+    label_attributes: tuple[str, ...]
     fingerprint: str
 
 
@@ -101,20 +103,30 @@ def read_training_prompts(
         DataError: If a row is bad.
         UserError: If two prompts have the same id, or none is short enough.
     """
-    fitting, too_long, longest = [], [], 0
+    fitting: list[Group] = []
+    too_long, longest = [], 0
+    labels: tuple[str, ...] = ()
     seen = set()
     hashed = hashlib.sha256(chat.ids_hash.encode())
     for group in read_prompts(source, "train"):
         if group.id in seen:
             raise UserError(f"two prompts have the id {group.id!r}, and samples go by it")
         seen.add(group.id)
-        ids = chat.prompt_ids(group.prompt)
-        if len(ids) > max_prompt_tokens:
+        if len(chat.prompt_ids(group.prompt)) > max_prompt_tokens:
             too_long.append(group.id)
             continue
+        ids = chat.prompt_ids(group.prompt, group.label)
         longest = max(longest, len(ids))
-        # A label of the prompt's data has no place in the groups that are made of it.
-        fitting.append(Group(group.id, group.source, unmarked(group).prompt, ()))
+        names = () if group.label is None else group.label.names
+        if fitting and names != labels:
+            raise UserError(
+                f"{group.source}: its label is of {', '.join(names) or 'nothing'}, that of the "
+                f"prompts before it of {', '.join(labels) or 'nothing'}: give all the same"
+            )
+        labels = names
+        # What is marked in the prompt's data has no place in the groups that are made of it.
+        kept = Group(group.id, group.source, unmarked(group).prompt, (), label=group.label)
+        fitting.append(kept)
         hashed.update(repr((group.id, ids)).encode())
     if not fitting:
         raise UserError(
@@ -127,4 +139,5 @@ def read_training_prompts(
             *(len(too_long), len(too_long) + len(fitting), max_prompt_tokens),
             ", ".join(too_long[:SHOWN]) + (", …" if len(too_long) > SHOWN else ""),
         )
-    return fitting, PromptReport(len(fitting), len(too_long), longest, hashed.hexdigest())
+    fingerprint = hashed.hexdigest()
+    return fitting, PromptReport(len(fitting), len(too_long), longest, labels, fingerprint)

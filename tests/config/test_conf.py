@@ -30,6 +30,10 @@ NEEDS = {
         "model.init_from=some/export"
     ],
     "experiment=dpo/world": ["backbone.path=some/model", "reference=some/reference"],
+    "experiment=steerlm/world_sft": ["backbone.path=some/model", "data.path=some/folder"],
+    "experiment=steerlm/world": [
+        "backbone.path=some/model", "data.path=some/folder", "reference=some/reference"
+    ],
     **{
         f"experiment=dpo/{name}": [
             "backbone.path=some/model", "data.path=some/folder", "reference=some/reference"
@@ -54,7 +58,7 @@ NEEDS = {
         f"module={name}": ["reference=some/reference"]
         for name in (
             "dpo", "dpo_hinge", "dpo_ipo", "dpo_margin", "dpo_robust", "dpo_scaled",
-            "dpo_smoothed", "rpo", "rpo_forward_kl", "rpo_squared",
+            "dpo_smoothed", "rpo", "rpo_forward_kl", "rpo_squared", "steerlm2",
         )
     },
 }  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import sample_tokenizers as sample
 
-from helpsteer2.data.chat import BoundChat, ChatFormat, boundary_difference
+from helpsteer2.data.boundary import boundary_difference
+from helpsteer2.data.chat import BoundChat, ChatFormat
 from helpsteer2.data.groups import Group, Message
 from helpsteer2.data.templates import DATE_FREEZE, freeze_date
 from helpsteer2.data.tokenizer import TrainedTokenizer

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, AttributeWeights
 from helpsteer2.data.groups import Group, read_all
+from helpsteer2.data.labels import AttributeLabel
 from helpsteer2.data.pairing import PairCounts, Pairing
 from helpsteer2.data.sources.helpsteer import HelpSteer2
 from helpsteer2.errors import UserError
@@ -88,6 +89,7 @@ def test_everything_known_of_the_two_is_carried_along() -> None:
         scores=((0.5, 9.0), (7.5, 9.0), (-3.0, 9.0)),
         score_names=("helpfulness", "verbosity"),
         rewards=(0.0, 0.0, 0.0),
+        label=AttributeLabel.of({"helpfulness": 4}),
     )  # fmt: skip
     ((pair,), _) = made(Pairing("scores", HELPFULNESS), known)
     assert {field.name: getattr(pair, field.name) for field in fields(pair)} == {
@@ -105,6 +107,7 @@ def test_everything_known_of_the_two_is_carried_along() -> None:
         "scores": ((7.5, 9.0), (-3.0, 9.0)),
         "score_names": ("helpfulness", "verbosity"),
         "rewards": (7.5, -3.0),
+        "label": known.label,
     }
 
 

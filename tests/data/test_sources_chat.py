@@ -12,7 +12,7 @@ import pytest
 
 from helpsteer2.data.groups import Group, read_prompts
 from helpsteer2.data.sources.chat_files import ChatFiles
-from helpsteer2.errors import DataError, Problem
+from helpsteer2.errors import DataError, Problem, UserError
 
 NAMES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -101,7 +101,89 @@ def test_labels_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         groups, problems = read(tmp_path, row, conversations("u1", "a1", type=None))
     assert problems == []
     assert [texts(group) for group in groups] == [["u1", "A1"]] * 2
-    assert "1 conversations have labels, which are not learned here" in caplog.text
+    assert "1 conversations have labels, which data.labels=true reads" in caplog.text
+
+
+def labelled(*labels: Any) -> dict[str, Any]:
+    """A conversation whose answers have these labels."""
+    row = conversations(*(f"{kind}{i}" for i in range(1, len(labels) + 1) for kind in "ua"))
+    for turn, label in zip(row["conversations"][1::2], labels, strict=True):
+        turn["label"] = label
+    return row
+
+
+def test_every_labelled_answer_is_a_group_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [labelled("quality:4", None, "verbosity:1,helpfulness:3"), labelled("humor:0")]
+    with caplog.at_level(logging.WARNING):
+        groups, problems = read(tmp_path, *rows, labels=True)
+    assert problems == []
+    # A text in capitals would be learned inside the prompt, where it has no label.
+    found = [(g.id, texts(g), g.label and g.label.text) for g in groups]
+    assert found == [
+        ("train-0/turn1", ["u1", "A1"], "quality:4"),
+        ("train-0/turn2", ["u1", "a1", "u2", "A2"], None),
+        ("train-0", ["u1", "a1", "u2", "a2", "u3", "A3"], "helpfulness:3,verbosity:1"),
+        ("train-1", ["u1", "A1"], "humor:0"),
+    ]
+    assert all(message.keys() == {"role", "content"} for g in groups for message in g.prompt)
+    assert "1 answers have no label and are learned without one" in caplog.text
+    assert "data.labels" not in caplog.text
+
+
+def test_labels_belong_to_their_answers_whatever_is_left_out(tmp_path: Path) -> None:
+    """An answer before any question, one of weight 0, and a last question without an answer."""
+    row = conversations("a0", "u1", "a1", "u2", "a2", "u3", "a3", "u4", system="s")
+    for turn in row["conversations"][::2]:
+        turn["label"] = f"helpfulness:{turn['value'][1]}"
+    row["conversations"][4]["weight"] = 0
+    groups, problems = read(tmp_path, row, labels=True)
+    assert problems == []
+    assert [(texts(g), g.label and g.label.text) for g in groups] == [
+        (["s", "u1", "A1"], "helpfulness:1"),
+        (["s", "u1", "a1", "u2", "a2", "u3", "A3"], "helpfulness:3"),
+    ]
+
+
+def test_prompts_have_the_label_of_their_answer(tmp_path: Path) -> None:
+    unanswered = labelled("quality:4", "quality:3")
+    unanswered["conversations"].pop()
+    read(tmp_path, labelled("quality:4", "quality:3"), unanswered, labelled("quality:2", None))
+    prompts = list(read_prompts(ChatFiles(str(tmp_path), labels=True), "train"))
+    assert [texts(group) for group in prompts] == [["u1", "a1", "u2"]] * 3
+    assert [g.label and g.label.text for g in prompts] == ["quality:3", None, None]
+    assert all(m.keys() == {"role", "content"} for g in prompts for m in g.prompt)
+    assert all(g.label is None for g in read_prompts(ChatFiles(str(tmp_path)), "train"))
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("quality:5", "quality is 5, must be a whole number 0 to 4"),
+        ("quality", "expected NAME:RATING"),
+        ("", "expected NAME:RATING"),
+        (4, "expected a label such as 'helpfulness:4', got 4"),
+        ({"quality": 4}, "got an object"),
+    ],
+)
+def test_a_bad_label_is_named(tmp_path: Path, label: Any, words: str) -> None:
+    rows = [labelled("quality:4"), labelled("quality:4", label, "quality:4")]
+    groups, [problem] = read(tmp_path, *rows, labels=True)
+    assert len(groups) == 1
+    assert (problem.line, problem.field) == (2, "conversations[3].label")
+    assert words in problem.message
+    assert read(tmp_path, *rows)[1] == []  # Nobody asked for it.
+
+
+def test_reading_labels_is_another_source(tmp_path: Path) -> None:
+    read(tmp_path, labelled("quality:4"))
+    prints = [
+        ChatFiles(str(tmp_path), labels=given).fingerprint("train") for given in (False, True)
+    ]
+    assert prints[0] != prints[1]
+    with pytest.raises(UserError, match="labels=true reads labels of `conversations`"):
+        read(tmp_path, messages("u1", "a1"), labels=True)
 
 
 @pytest.mark.parametrize("name", ["human", "User", "USER"])
@@ -189,6 +271,13 @@ def test_nemo_aligners_own_rows_are_read() -> None:
     assert len(groups) == 50
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [g.responses[0] for g in groups] == [r["conversations"][-1]["value"] for r in rows]
+    labelled = list(ChatFiles(str(file), labels=True).read("train", problems.append))
+    assert problems == []
+    assert [g.responses for g in labelled] == [g.responses for g in groups]
+    # Written again they are the labels of the file, letter by letter.
+    given = [r["conversations"][-1]["label"] for r in rows]
+    assert [g.label and g.label.text for g in labelled] == given
+    assert all(label.startswith("helpfulness:") for label in given)
 
 
 @pytest.mark.parametrize("make", [messages, conversations])

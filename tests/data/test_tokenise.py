@@ -227,7 +227,7 @@ class TestProblems:
             tokenise(FakeSource(rated(3)), "train", chat, LIMITS, NAMES, tmp_path / "file")
 
     def test_a_full_disk_leaves_nothing_behind(self, chat, tmp_path, monkeypatch):
-        def full(self, fingerprint, report):
+        def full(self, *given):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("helpsteer2.data.token_store.TokenWriter.finish", full)

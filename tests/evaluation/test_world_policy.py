@@ -12,11 +12,12 @@ import pytest
 
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, AttributeWeights
 from helpsteer2.data.groups import Group
+from helpsteer2.data.labels import INFERENCE_VALUES, AttributeLabel
 from helpsteer2.errors import UserError
 from helpsteer2.evaluation.prompt_means import PromptMeans
 from helpsteer2.evaluation.rated_answers import best_scores, score
 from helpsteer2.evaluation.world_policy import WorldPolicyEvaluation
-from helpsteer2.generation.sampling import Sample, SamplingParams
+from helpsteer2.generation.sampling import Sample, SamplingParams, with_labels
 from helpsteer2.plots import save
 from helpsteer2.world.answers import best_answer, random_answer
 from helpsteer2.world.oracle import rate_answer
@@ -32,7 +33,10 @@ SAMPLING = SamplingParams(n=N, max_tokens=40)
 
 @dataclass
 class FakePolicy:
-    """Answers as well as its path says, with log-probabilities that it says too."""
+    """Answers as well as its path says, with log-probabilities that it says too.
+
+    A steered one was trained with labels, and answers in the wording that they ask for.
+    """
 
     path: str
     opened: list[str]
@@ -46,13 +50,23 @@ class FakePolicy:
     }
 
     @property
+    def label_attributes(self) -> tuple[str, ...]:
+        return HELPSTEER2_ATTRIBUTES if self.path == "steered" else ()
+
+    @property
     def sampler(self) -> Any:
         return SimpleNamespace(ids_hash="hash")
 
     def beside(self, path: str) -> FakePolicy:
         return FakePolicy(path, self.opened)
 
-    def sample(self, name: str, prompts: Any, params: SamplingParams, console: Any) -> Any:
+    def sample(
+        self, name: str, prompts: Any, params: SamplingParams, console: Any, steering: Any = None
+    ) -> Any:
+        prompts = with_labels(prompts, steering, self.label_attributes)
+        if self.path == "steered":
+            level = prompts[0].label.as_dict()["complexity"] // 2
+            self.writers["steered"] = lambda rng, task: best_answer(task, level)
         self.opened.append(f"{self.path} {params.temperature:g}")
         rng = random.Random(f"{self.path} {params.temperature}")
         return [
@@ -165,6 +179,43 @@ def test_no_divergence_of_a_policy_that_is_sampled_otherwise_than_it_is(change: 
         WorldPolicyEvaluation(DATA, sampling, reference="x")
 
 
+def test_policies_with_labels_answer_as_asked_beside_others_that_cannot_be_asked(
+    judge: Judge,
+) -> None:
+    result = judge("steered", baseline="random")
+    # arXiv 2406.08673, section 4.5.
+    assert result["steering"] == {
+        "helpfulness": 4, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2,
+    }  # fmt: skip
+    assert {name: INFERENCE_VALUES[name] for name in HELPSTEER2_ATTRIBUTES} == result["steering"]
+    assert result["attributes"]["complexity"]["sampled"]["value"] == pytest.approx(2.0)
+    learned = judge("steered", steering={"complexity": 4})
+    assert learned["steering"] == {**result["steering"], "complexity": 4}
+    assert learned["attributes"]["complexity"]["greedy"]["value"] == pytest.approx(4.0)
+    assert judge("random", steering={"complexity": 4})["steering"] is None
+    with pytest.raises(UserError, match="whole number 0 to 4"):
+        judge("steered", steering={"complexity": 7})
+    with pytest.raises(UserError, match="was not trained with humor"):
+        judge("steered", steering={"humor": 1})
+
+
+def test_both_policies_of_a_divergence_are_told_what_was_asked_for(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    plain = FakePolicy.logprobs
+
+    def logprobs(self: FakePolicy, sampled: list[Group]) -> Any:
+        read.extend((self.path, group.label) for group in sampled)
+        return plain(self, sampled)
+
+    monkeypatch.setattr(FakePolicy, "logprobs", logprobs)
+    result = judge("steered", reference="random", steering={"complexity": 0})
+    # The policy's own are known from the sampling, so the reference alone is run.
+    assert set(read) == {("random", AttributeLabel.of({"complexity": 0}))}
+    assert result["kl"]["value"] == pytest.approx(0.5 * result["tokens"]["sampled"]["value"])
+
+
 def test_unfinished_answers_are_counted(judge: Judge) -> None:
     result = judge("best", sampling=SamplingParams(n=N, max_tokens=8))
     long = [len(best_answer(task).split()) + 1 > 8 for task in tasks()]
@@ -243,6 +294,8 @@ def test_tables_and_headlines_hold_the_figures(
     figures = result["weightings"]["rlhf"]
     assert f"{figures['sampled']['value']:.2f}" in text
     assert f"{result['kl']['value']:.2f}" in text
+    asked = {"helpfulness": 3}
+    assert "Asked for helpfulness:3." in as_text(evaluation.tables({**result, "steering": asked}))
     headlines = evaluation.headlines(result)
     assert headlines["rlhf, sampled"].startswith(f"{figures['sampled']['value']:.2f}")
     assert ("rlhf, gap closed %" in headlines) == (baseline is not None)

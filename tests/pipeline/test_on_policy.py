@@ -18,10 +18,12 @@ from helpsteer2.errors import ConfigError
 from helpsteer2.models.spec import POLICY_FILE, RewardSpec
 from helpsteer2.pipeline.contents import Contents
 from helpsteer2.pipeline.iterative_dpo import IterativeDPO
-from helpsteer2.pipeline.on_policy import OnPolicy, SideBySide
+from helpsteer2.pipeline.on_policy import OnPolicy
 from helpsteer2.pipeline.plan import Commands, PlannedStage, plan
 from helpsteer2.pipeline.record import Record
+from helpsteer2.pipeline.side_by_side import SideBySide
 from helpsteer2.pipeline.stages import Pipeline
+from helpsteer2.pipeline.steerlm import SteerLM2
 from tests.pipeline.conftest import remember_compositions
 from tests.pipeline.processes import (
     Start,
@@ -263,25 +265,33 @@ def test_where_a_given_model_lies_changes_no_fingerprint(
 
 def test_recipes_side_by_side_share_their_stages_with_each_alone() -> None:
     iterative = {key: TRAINED[key] for key in ("policy", "sft", "reward_model", "reward")}
+    shared = dict(iterative)
     iterative |= {"iterations": 1, "pairs": {"choose": {"data": "world"}}}
-    both = planned(SideBySide(**TRAINED | iterative))
+    world = {"choose": {"data": "world"}}
+    steered = {"annotate_sft": world, "label_prompts": world, "steerlm2_iterations": 1}
+    together = planned(SideBySide(**TRAINED | iterative | steered))
     alone = [
         planned(IterativeDPO(**iterative)),
         planned(OnPolicy(**TRAINED)),
+        planned(SteerLM2(**shared | steered)),
     ]
     folders = {stage.folder for stages in alone for stage in stages.values()}
-    assert {stage.folder for stage in both.values()} == folders
-    assert list(both)[-3:] == ["dpo_1", "statistics", "ppo"]
+    assert {stage.folder for stage in together.values()} == folders
+    names = ["dpo_1", "statistics", "ppo", "steerlm", "steerlm2_1"]
+    assert [name for name in together if name in names] == names
 
 
 def test_the_quickstart_trains_every_method_from_one_start() -> None:
     (job,) = check(CONFIG_COMMANDS["pipeline"], ["experiment=pipeline/quickstart"]).jobs
     stages = planned(build({"it": job.given("pipeline")})["it"])
-    names = ["dpo", "dpo_1", "dpo_2", "ppo", "rloo"]
+    names = ["dpo", "dpo_1", "dpo_2", "ppo", "rloo", "steerlm", "steerlm2_1", "steerlm2_2"]
     assert [name for name in stages if name in names] == names
     read = reads(stages)
     assert read["reward_model"] == {"sft/export"} <= read["dpo"]
     assert read["statistics"] == {"reward_model/export"} <= read["annotate_1"]
+    assert read["steerlm"] == {"sft/export", "label/train.jsonl"}
+    assert read["prior_2"] == {"sft/export", "steered_2/groups.jsonl"}
+    assert read["proposal_2"] == {"steerlm2_1/export", "steered_2/groups.jsonl"}
     for name in ("ppo", "rloo"):
         # The world's experiment of that name, but for how much of it.
         start = {"sft/export", "reward_model/export", "statistics/statistics.json"}

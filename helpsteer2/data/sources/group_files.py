@@ -12,7 +12,8 @@ A line of JSONL (or a row of Parquet with the same columns)::
      "finish_reasons": ["stop", "length"],
      "logprobs": [[-0.1, -2.5, -0.3], [-0.1, -0.7, -1.2]],
      "scores": [{"helpfulness": 3.1, "verbosity": 1.9}, {"helpfulness": 0.2, "verbosity": 2.2}],
-     "rewards": [3.1, 0.2]}
+     "rewards": [3.1, 0.2],
+     "label": {"helpfulness": 4, "verbosity": 2}}
 
 ``id``, ``prompt`` and ``responses`` must be there; the rest may be left out or null. A message of
 the assistant inside the prompt may have ``"train": true``. ``Group`` says what the columns mean.
@@ -39,6 +40,7 @@ from helpsteer2.data.sources.group_rows import (
     group_row,
     is_sampled,
     items,
+    label,
     messages,
     parquet_schema,
     sampled_columns,
@@ -91,7 +93,9 @@ class GroupFiles(RowSource):
         rows = read_part(self.path, self.parts(split)[0], report)
         rows = check_columns(rows, self.schema, report, unused=("responses",))
         for check, identity in self._identified(rows, report):
-            group = Group(identity, _source(check), messages(check), responses=())
+            group = Group(
+                identity, _source(check), messages(check), responses=(), label=label(check)
+            )
             if check.ok:
                 yield group
 
@@ -136,6 +140,7 @@ class GroupFiles(RowSource):
             attributes=attributes,
             annotations=annotations,
             preference_strength=strength,
+            label=label(check),
             **sampled_columns(check, len(texts)),
         )
 
@@ -226,7 +231,8 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]], names: tuple[
     stream = iter(rows)
     batch = list(itertools.islice(stream, _WRITE_BATCH))
     scores = next((_score_names(row) for row in batch if "scores" in row), ())
-    schema = parquet_schema(names, scores)
+    labels = next((tuple(row["label"]) for row in batch if "label" in row), ())
+    schema = parquet_schema(names, scores, labels)
     with pq.ParquetWriter(file, schema) as writer:
         while batch:
             for row in batch:
@@ -236,6 +242,11 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]], names: tuple[
                         f"than the groups before it ({', '.join(scores) or 'none'}): Parquet wants "
                         "the same for all, and known from the first "
                         f"{_WRITE_BATCH} groups; write JSONL instead"
+                    )
+                if "label" in row and tuple(row["label"]) != labels:
+                    raise UserError(
+                        f"group {row['id']!r} has a label of other attributes than the groups "
+                        "before it: Parquet wants the same for all; write JSONL instead"
                     )
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
             batch = list(itertools.islice(stream, _WRITE_BATCH))

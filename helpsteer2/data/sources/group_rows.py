@@ -7,6 +7,8 @@ from typing import Any, TypedDict, TypeVar, cast, get_args
 
 from helpsteer2.data.checks import RowCheck, shown
 from helpsteer2.data.groups import FinishReason, Group, Message, Role
+from helpsteer2.data.labels import AttributeLabel
+from helpsteer2.errors import UserError
 
 LARGEST_ID = 2**31 - 1
 """Ids are stored as int32."""
@@ -91,6 +93,22 @@ def messages(check: RowCheck) -> tuple[Message, ...]:
     return tuple(read)
 
 
+def label(check: RowCheck) -> AttributeLabel | None:
+    """What the row asks its answer to be; None if it does not."""
+    given = (check.row.values or {}).get("label")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        check.fail("label", f"expected an object of ratings by attribute, got {shown(given)}")
+        return None
+    try:
+        # Parquet has every attribute of the file in every row.
+        return AttributeLabel.of({name: v for name, v in given.items() if v is not None})
+    except UserError as error:
+        check.fail("label", str(error))
+        return None
+
+
 def items(check: RowCheck, field: str, value: Any) -> list[Any]:
     """A list, empty after a report if it is none."""
     if isinstance(value, list):
@@ -117,6 +135,7 @@ def group_row(group: Group, attribute_names: Sequence[str]) -> dict[str, Any]:
         "logprobs": group.logprobs,
         "scores": objects(group.scores, group.score_names or ()),
         "rewards": group.rewards,
+        "label": None if group.label is None else group.label.as_dict(),
     }
     return {
         "id": group.id,
@@ -130,7 +149,9 @@ def group_row(group: Group, attribute_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parquet_schema(attribute_names: Sequence[str], score_names: Sequence[str]) -> Any:
+def parquet_schema(
+    attribute_names: Sequence[str], score_names: Sequence[str], label_names: Sequence[str]
+) -> Any:
     """Columns and types of a Parquet file of groups."""
     import pyarrow as pa
 
@@ -157,6 +178,8 @@ def parquet_schema(attribute_names: Sequence[str], score_names: Sequence[str]) -
         columns.append(("annotations", objects(attribute_names, pa.list_(pa.int8()))))
     if score_names:
         columns.append(("scores", objects(score_names, pa.float64())))
+    if label_names:
+        columns.append(("label", pa.struct([(name, pa.int8()) for name in label_names])))
     return pa.schema(columns)
 
 

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 SHIPPED = ("plain", "extra_id")
 """Templates that can be chosen by name with any tokenizer."""
 
+LABEL_FORMS = {"extra_id": "<extra_id_2>{label}\n"}
+"""How a template carries an attribute label behind its generation prompt, as NeMo-Aligner has it.
+
+Source: NVIDIA/NeMo-Aligner at af2b3bd9, docs/user-guide/steerlm.rst.
+"""
+
+PLAIN_LABEL_FORM = "{label}\n"
+"""The same for every other template: a line of its own, before the answer."""
+
 DATE_FREEZE = (
     "{% macro strftime_now(format) %}"
     "{{ format.replace('%d', '26').replace('%b', 'Jul').replace('%B', 'July')"
