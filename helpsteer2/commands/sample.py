@@ -99,7 +99,8 @@ def sample(
         _check_settings(folder, settings)
         prompts = with_labels(prompts, label, sampler.label_attributes)
         if label is not None:
-            console.print(f"answers are asked to be {prompts[0].label}", highlight=False)
+            label = prompts[0].label  # with the usual values of what it left out
+            console.print(f"answers are asked to be {label}", highlight=False, soft_wrap=True)
         fitting, too_long = _by_length(prompts, sampler, max_prompt_tokens)
         clock = time.monotonic()
         with SampleStore(partial) as store:
@@ -117,6 +118,7 @@ def sample(
                     "kind": "sample",
                     "metrics": metrics,
                     "too_long": too_long,
+                    "label": None if label is None else label.as_dict(),
                     **settings,
                     "server": getattr(sampler, "counts", None),
                     "config": config,

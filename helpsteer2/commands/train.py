@@ -32,6 +32,7 @@ from helpsteer2.callbacks.rollouts import RolloutReport, summary_of
 from helpsteer2.callbacks.validation_report import ValidationReport
 from helpsteer2.callbacks.wandb import WandbRun
 from helpsteer2.callbacks.wandb import finish as finish_wandb
+from helpsteer2.callbacks.weights_report import WeightsReport
 from helpsteer2.commands.resume import begin, finished_result
 from helpsteer2.commands.run_folder import RunFolder
 from helpsteer2.commands.train_data import DataSettings, TrainingData
@@ -321,8 +322,8 @@ class _Run:
             view,
         )
         trainer.callbacks += [
-            BadBatch(self.folder.bad_batch), self.metrics_log, self.progress, self.report, stop,
-            checkpoints,
+            BadBatch(self.folder.bad_batch), self.metrics_log, self.progress, self.report,
+            WeightsReport(self.folder.path, view), stop, checkpoints,
         ]  # fmt: skip
         if isinstance(datamodule, RolloutDataModule):
             self.rollout_report = RolloutReport(self.folder.path, view)

@@ -147,6 +147,14 @@ class TokenisedGroups:
         owners, within = self._responses()
         return np.asarray(self._rewards[self._first_segments[owners] - owners + within])
 
+    @property
+    def ref_logprobs(self) -> npt.NDArray[np.float32]:
+        """``(R,)`` float32 nats, what the reference gives each response, NaN where unknown."""
+        owners, within = self._responses()
+        if self._ref_logprobs is None:
+            return np.full(len(owners), np.nan, np.float32)
+        return np.asarray(self._ref_logprobs[self._first_segments[owners] - owners + within])
+
     def _responses(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Stored group and number within it, ``(R,)`` each, of the responses of these groups."""
         n_responses = self.n_responses

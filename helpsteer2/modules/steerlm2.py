@@ -172,13 +172,10 @@ def weighed_groups(groups: TokenisedGroups, split: str) -> TokenisedGroups:
             "make groups that have them with helpsteer2 weigh, and set data=groups data.path=…"
         )
     alone = groups.n_responses == 1
-    equal, reference = np.zeros(len(groups), dtype=bool), []
+    equal = np.zeros(len(groups), dtype=bool)
     for i in range(len(groups)):
-        group = groups[i]
-        first, *others = group.response_ids
+        first, *others = groups[i].response_ids
         equal[i] = not alone[i] and all(np.array_equal(first, other) for other in others)
-        assert group.ref_logprobs is not None
-        reference.append(group.ref_logprobs)
     kept = ~alone & ~equal
     counts = {
         "groups_weighed": int(kept.sum()),
@@ -196,7 +193,7 @@ def weighed_groups(groups: TokenisedGroups, split: str) -> TokenisedGroups:
             split,
             *counts.values(),
         )
-    log_weights = groups.rewards - np.concatenate(reference)
+    log_weights = groups.rewards - groups.ref_logprobs
     _tell_of_weights(log_weights[kept[owners]], groups.n_responses[kept], split)
     return groups.select(np.flatnonzero(kept), counts)
 

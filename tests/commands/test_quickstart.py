@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from helpsteer2.commands.quickstart import policies, policies_table, reward_tables
+from helpsteer2.commands.quickstart import policies, policies_table, reward_tables, steered
 
 PROGRAM = [sys.executable, "-m", "helpsteer2", "quickstart"]
 SMALL = [
@@ -41,6 +41,14 @@ SMALL = [
     ),
     "pipeline.methods.ppo.batching.max_steps=4",
     "pipeline.methods.rloo.batching.max_steps=2",
+    "pipeline.annotate_sft.data.groups=8",
+    "+pipeline.steerlm.batching.max_steps=2",
+    "pipeline.label_prompts.data.groups=8",
+    "pipeline.steerlm2_iterations=1",
+    "pipeline.sample_steered.sampling.n=3",
+    "pipeline.sample_steered.sampling.max_tokens=12",
+    "+pipeline.steerlm2.batching.global_batch=4",
+    "+pipeline.steerlm2.batching.max_steps=2",
 ]
 
 
@@ -87,13 +95,25 @@ def test_the_policies_table_has_every_policy_and_what_is_best() -> None:
 
 
 def test_policies_stand_in_the_order_in_which_they_are_told_of() -> None:
-    stages = ("sft", "dpo", "reward_model", "dpo_1", "dpo_2", "statistics", "ppo", "rloo")
+    stages = (
+        *("sft", "dpo", "reward_model", "dpo_1", "dpo_2", "statistics", "ppo", "rloo"),
+        *("steerlm", "steerlm2_1", "steerlm2_2"),
+    )
+    pipeline = {
+        "iterations": 2,
+        "methods": {"ppo": {}, "own": None, "rloo": {}},
+        "steerlm2_iterations": 2,
+    }
     result: dict[str, Any] = {
         "folders": {stage: f"stages/{stage}-0" for stage in stages},
-        "config": {"pipeline": {"iterations": 2, "methods": {"ppo": {}, "own": None, "rloo": {}}}},
+        "config": {"pipeline": pipeline},
     }
     found = policies(result)
-    rows = ["SFT", "DPO on pairs", "iteration 1", "iteration 2", "PPO", "RLOO"]
+    rows = [
+        *("SFT", "DPO on pairs", "iteration 1", "iteration 2", "PPO", "RLOO"),
+        *("SteerLM", "SteerLM 2.0, 1", "SteerLM 2.0, 2"),
+    ]
+    assert list(steered(found)) == ["SFT", *rows[-3:]]
     assert list(found) == rows
     exports = [f"stages/{stage}-0/export" for stage in stages if stage[:3] not in ("rew", "sta")]
     assert list(found.values()) == exports
@@ -149,15 +169,27 @@ def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: 
 
     record = json.loads((run_dir / "evaluation" / "result.json").read_text(encoding="utf-8"))
     results = [metrics["world_policy"] for metrics in record["metrics"].values()]
-    assert len(results) == 5
-    rows = [line.strip() for line in ran.stdout.splitlines()]
-    names = ("SFT ", "DPO on pairs ", "iteration 1 ", "PPO ", "RLOO ")
+    assert len(results) == 7
+    scores, steering = ran.stdout.split("labels: rank correlation")
+    rows = [line.strip() for line in scores.splitlines()]
+    names = (
+        *("SFT ", "DPO on pairs ", "iteration 1 ", "PPO ", "RLOO ", "SteerLM  "),
+        "SteerLM 2.0, 1 ",
+    )
     for name, result in zip(names, results, strict=True):
         (row,) = (line for line in rows if line.startswith(name) and " [" in line)
         figures = result["weightings"]["helpsteer2_rlhf"]
         assert f"{figures['sampled']['value']:.2f} [" in row
         assert name == names[0] or f"{result['kl']['value']:.1f} [" in row
     assert any(line.startswith("the best answers  ") and "4.00" in line for line in rows)
+
+    record = json.loads(next(run_dir.glob("evaluation_of_steering/result.json")).read_text("utf-8"))
+    followed = [metrics["steerability"] for metrics in record["metrics"].values()]
+    told = [line.split() for line in steering.splitlines()]
+    for name, result in zip(("SFT", "SteerLM", "2.0,"), followed, strict=True):
+        (row,) = (line for line in told if name in line[:2] and "[" in " ".join(line))
+        assert f"{result['gap']['value']:.2f}" in row
+    assert next(result["attributes"]["verbosity"]["spearman"]["value"] for result in followed) == 0
 
     # The reward model by the oracle, which the annotators whom it learned from are not.
     record = json.loads((run_dir / "evaluation_of_rewards" / "result.json").read_text("utf-8"))
@@ -175,7 +207,8 @@ def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: 
     pictures = {
         path.name for line in told.splitlines() for path in Path(line.strip()).rglob("*.png")
     }
-    assert pictures >= {"scatter.png", "world_policy_ratings.png"}
+    of_steering = {"steerability_asked_got.png", "steerability_cross_talk.png"}
+    assert pictures >= {"scatter.png", "world_policy_ratings.png"} | of_steering
 
     # The first thing it tells to try works when pasted into a shell.
     example = ran.stdout.split("Next:\n")[1].split("\n  python -m helpsteer2 sample")[0]

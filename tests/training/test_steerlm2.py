@@ -225,6 +225,7 @@ def test_a_run_begins_at_the_proposal_and_nears_the_posterior(
     assert metrics["val/distance"] < 0.6 * metrics["val/start_distance"]
     report = result["data"]["train"]
     assert report["groups_weighed"] == report["groups"] == 40
+    assert (tmp_path / "run/plots/weights.png").stat().st_size > 1000
     assert "SteerLM 2.0 loss" in (tmp_path / "run/export/README.md").read_text("utf-8")
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
 
