@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.benchmarks.reward_step.cost import SIZES
 from experiments.benchmarks.reward_step.job import Corpus, load_corpus
-from experiments.benchmarks.steerlm2_step.job import RESPONSES, draw, make_job
+from experiments.benchmarks.steerlm2_step.job import RESPONSES, draw, make_job, prompts_of
 from experiments.benchmarks.steerlm2_step.padded import (
     Count,
     Prompt,
@@ -132,7 +132,7 @@ def _length(row: Row) -> int:
 
 
 def test_prompts_have_ten_responses_of_the_data_and_labels_stand_between(corpus: Corpus) -> None:
-    plain, labelled = draw(corpus, 30)
+    plain, labelled = draw(corpus, prompts_of(corpus), 30)
     texts = {ids.tobytes() for group in corpus.groups for ids in group.response_ids}
     starts = {group.prompt_ids.tobytes() for group in corpus.groups}
     labels = set()
@@ -148,7 +148,7 @@ def test_prompts_have_ten_responses_of_the_data_and_labels_stand_between(corpus:
         assert label.endswith("\n")
         labels.add(label)
     assert len(labels) > 20
-    again, _ = draw(corpus, 30)
+    again, _ = draw(corpus, prompts_of(corpus), 30)
     assert [g.prompt_ids.tobytes() for g in again] == [g.prompt_ids.tobytes() for g in plain]
 
 

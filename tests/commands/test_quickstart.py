@@ -160,6 +160,7 @@ def test_the_reward_model_stands_beside_simple_predictors() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 35 stages, five minutes of processor time
 def test_quickstart_ends_in_a_table_goes_on_and_says_what_to_try_next(tmp_path: Path) -> None:
     # A folder that a shell and Hydra's grammar would both trip over.
     run_dir = tmp_path / "it's a, first run"

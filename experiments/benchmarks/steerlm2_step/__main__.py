@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warmup_steps=arguments.warmup,
                 measured_steps=arguments.rounds,
                 tokens_per_microbatch=arguments.tokens_per_microbatch,
+                conversations=arguments.conversations,
             )
             cases.append(_case(size, job, arguments, console))
         write_json_atomic(arguments.output, _record(arguments, argv, corpus, cases))
@@ -112,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", type=int, default=1,
         help="so many of the settings that pad, and so many of all, go on after the warm-up, "
         "beside the usual one",
+    )  # fmt: skip
+    made.add_argument(
+        "--conversations", metavar="FILE",
+        help="conversations in NeMo-Aligner's form, whose prompts are taken instead",
     )  # fmt: skip
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--tokens-per-microbatch", type=int, default=4096, help="of ours")

@@ -16,8 +16,12 @@ from experiments.benchmarks.reward_step.cost import Size
 from experiments.benchmarks.reward_step.job import FINGERPRINT, SEED, Corpus
 from helpsteer2.attributes import HELPSTEER2_ATTRIBUTES, RATING_MAX
 from helpsteer2.data.chat import ChatFormat
+from helpsteer2.data.groups import read_all
 from helpsteer2.data.labels import AttributeLabel
+from helpsteer2.data.lengths import CutReport, LengthLimits
+from helpsteer2.data.sources.chat_files import ChatFiles
 from helpsteer2.data.token_store import TokenisedGroups, TokenWriter, open_store
+from helpsteer2.data.tokenise import encode_group
 from helpsteer2.data.tokens import TokenGroup
 from helpsteer2.models.reference import reference_split
 
@@ -32,6 +36,9 @@ POLICY_SPREAD = 0.5
 
 POSITIONS = 2048
 """Of the model: prompt, label and response together may pass the 1,024 of the other benchmarks."""
+
+LONGEST_PROMPT = 1024
+"""Of conversations: with a label and the longest response it fits into the positions."""
 
 PLAIN, LABELLED = "plain", "labelled"
 REF_LOGPROBS = "ref_logprobs.npy"
@@ -72,6 +79,7 @@ def make_job(
     warmup_steps: int,
     measured_steps: int,
     tokens_per_microbatch: int,
+    conversations: str | None = None,
 ) -> SteerLM2Job:
     """Draw the groups and write them where every contender reads them.
 
@@ -86,19 +94,21 @@ def make_job(
         warmup_steps: Steps before the measured ones.
         measured_steps: Measured steps.
         tokens_per_microbatch: Tokens of a packed row.
+        conversations: File of conversations whose prompts are taken in place of the corpus's own.
     """
     job = SteerLM2Job(
         size, "fp32", folder, corpus.tokenizer, corpus.spec,
         warmup_steps, measured_steps, tokens_per_microbatch,
     )  # fmt: skip
     wanted = job.total_steps * size.groups_per_step
-    if wanted > len(corpus.groups):
+    prompts = prompts_of(corpus, conversations)
+    if wanted > len(prompts):
         raise SystemExit(
-            f"{job.total_steps} steps need {wanted} prompts, there are {len(corpus.groups)}: "
+            f"{job.total_steps} steps need {wanted} prompts, there are {len(prompts)}: "
             "lower --rounds or --prompts"
         )
     folder.mkdir()
-    plain, labelled = draw(corpus, wanted)
+    plain, labelled = draw(corpus, prompts, wanted)
     _write(folder / PLAIN, plain)
     with tempfile.TemporaryDirectory() as aside:
         policy = job.policy().eval()
@@ -116,11 +126,26 @@ def make_job(
     return job
 
 
-def draw(corpus: Corpus, wanted: int) -> tuple[list[TokenGroup], list[TokenGroup]]:
+def prompts_of(corpus: Corpus, conversations: str | None = None) -> list[npt.NDArray[np.int32]]:
+    """Ids of all prompts there are."""
+    if conversations is None:
+        return [corpus.groups[i].prompt_ids for i in range(len(corpus.groups))]
+    chat, limits = ChatFormat().bind(corpus.tokenizer), LengthLimits(LONGEST_PROMPT, POSITIONS)
+    encoded = (
+        encode_group(group, i, chat, limits, (), (), CutReport(), close_cut=False)
+        for i, group in enumerate(read_all(ChatFiles(conversations), "train"))
+    )
+    return [group.prompt_ids for group in encoded]
+
+
+def draw(
+    corpus: Corpus, prompts: Sequence[npt.NDArray[np.int32]], wanted: int
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
     """Prompts as they are, each with ten different responses out of the whole corpus.
 
     Args:
-        corpus: Where to draw from.
+        corpus: Where responses are drawn from.
+        prompts: Ids of the prompts to draw from.
         wanted: Number of prompts.
 
     Returns:
@@ -131,13 +156,13 @@ def draw(corpus: Corpus, wanted: int) -> tuple[list[TokenGroup], list[TokenGroup
     owners = np.repeat(np.arange(len(corpus.groups)), corpus.groups.n_responses)
     within = np.concatenate([np.arange(n) for n in corpus.groups.n_responses])
     plain, labelled = [], []
-    for index, source in enumerate(rng.permutation(len(corpus.groups))[:wanted]):
+    for index, source in enumerate(rng.permutation(len(prompts))[:wanted]):
         responses = tuple(
             corpus.groups[int(owners[chosen])].response_ids[int(within[chosen])]
             for chosen in rng.choice(len(owners), RESPONSES, replace=False)
         )
         ratings = np.full((RESPONSES, len(HELPSTEER2_ATTRIBUTES)), np.nan, np.float32)
-        prompt = corpus.groups[int(source)].prompt_ids
+        prompt = prompts[int(source)]
         plain.append(TokenGroup(prompt, responses, ratings, np.nan, index))
         levels = rng.integers(0, int(RATING_MAX), endpoint=True, size=len(HELPSTEER2_ATTRIBUTES))
         label = AttributeLabel.of(dict(zip(HELPSTEER2_ATTRIBUTES, levels.tolist(), strict=True)))
