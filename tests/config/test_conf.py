@@ -30,6 +30,10 @@ NEEDS = {
         "model.init_from=some/export"
     ],
     "experiment=dpo/world": ["backbone.path=some/model", "reference=some/reference"],
+    "experiment=steerlm/helpsteer2_llama3_70b_sft": ["data.path=some/folder"],
+    "experiment=steerlm/helpsteer2_llama3_70b": [
+        "backbone.path=some/model", "data.path=some/folder", "reference=some/reference"
+    ],
     "experiment=steerlm/world_sft": ["backbone.path=some/model", "data.path=some/folder"],
     "experiment=steerlm/world": [
         "backbone.path=some/model", "data.path=some/folder", "reference=some/reference"
