@@ -311,8 +311,7 @@ def steering_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     )
     for name, result in results.items():
         ranks = [_number(result["attributes"][of]["spearman"], ".2f") for of in names]
-        gap, talk = _with_ends(result["gap"], ".2f"), _number(result["cross_talk"], ".2f")
-        table.add_row(name, *ranks, gap, talk)
+        table.add_row(name, *ranks, *(_number(result[of], ".2f") for of in ("gap", "cross_talk")))
     return table
 
 
